@@ -1,0 +1,125 @@
+// Adapter: the user's handle on all pieces of one name across a model.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/problems.h"
+#include "peft/core/site.h"
+
+namespace peft {
+
+/// All pieces of one name across a model. A handle: copies share their state. Made by `add_adapter`,
+/// `load_adapter` and `adapter`. Example:
+/// ```
+/// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8).alpha(16), peft::named({"query", "value"}));
+/// std::cout << adapter.count() << " weights train on " << adapter.sites().size() << " layers\n";
+/// ```
+class Adapter {
+ public:
+  /// One piece, where it sits and why.
+  struct Entry {
+    std::shared_ptr<SiteImpl> site;
+    std::shared_ptr<PieceImpl> piece;
+    std::shared_ptr<const Origin> origin;
+  };
+
+  explicit Adapter(std::shared_ptr<AdapterRecord> record) : state_(std::make_shared<State>()) {
+    state_->record = std::move(record);
+  }
+
+  const std::string& name() const { return state_->record->name; }
+  AdapterRecord& record() const { return *state_->record; }
+  const std::shared_ptr<AdapterRecord>& shared_record() const { return state_->record; }
+  const std::vector<Entry>& entries() const { return state_->entries; }
+  void add(Entry entry) const { state_->entries.push_back(std::move(entry)); }
+
+  /// Paths of the adapted layers, in the model's order, each once.
+  std::vector<std::string> sites() const {
+    std::vector<std::string> paths;
+    for (const auto& entry : entries()) {
+      if (paths.empty() || paths.back() != entry.site->path()) paths.push_back(entry.site->path());
+    }
+    return paths;
+  }
+
+  /// The tensors that train, as `<site>.<method>.<tensor>`, in the model's order.
+  std::vector<std::pair<std::string, Tensor>> named_parameters() const {
+    std::vector<std::pair<std::string, Tensor>> named;
+    for (const auto& [key, tensor] : named_tensors()) {
+      if (tensor.requires_grad()) named.emplace_back(key, tensor);
+    }
+    return named;
+  }
+  /// The tensors that train.
+  std::vector<Tensor> parameters() const {
+    std::vector<Tensor> tensors;
+    for (const auto& [key, tensor] : named_parameters()) tensors.push_back(tensor);
+    return tensors;
+  }
+  /// Every tensor of the adapter, frozen ones and buffers too.
+  std::vector<std::pair<std::string, Tensor>> named_tensors() const {
+    std::vector<std::pair<std::string, Tensor>> named;
+    for (const auto& entry : entries()) {
+      const auto& path = entry.site->path();
+      const auto prefix = (path.empty() ? "" : path + ".") + entry.piece->method() + ".";
+      for (const auto& item : entry.piece->named_parameters())
+        named.emplace_back(prefix + item.key(), item.value());
+      for (const auto& item : entry.piece->named_buffers())
+        named.emplace_back(prefix + item.key(), item.value());
+    }
+    return named;
+  }
+
+  /// Number of weights that train.
+  int64_t count() const {
+    int64_t total = 0;
+    for (const auto& tensor : parameters()) total += tensor.numel();
+    return total;
+  }
+
+  /// Multiplies the adapter's contribution by `factor`; 1 is as trained. Throws, before anything is changed,
+  /// where a method has no strength to scale.
+  void scale(double factor) const {
+    internal::Problems problems;
+    for (const auto& entry : entries()) {
+      if (!entry.piece->scalable() && factor != 1.0) {
+        problems.add("'" + entry.site->path() + "': " + entry.piece->method() + " has no strength to scale");
+      }
+    }
+    problems.raise("Adapter::scale of '" + name() + "'");
+    for (const auto& entry : entries()) entry.piece->set_scale(factor);
+  }
+
+  /// W′ − W of this adapter alone at one site, in the layout the layer stores its weight.
+  Tensor effective_delta(const std::string& site) const {
+    std::vector<std::string> paths;
+    for (const auto& entry : entries()) {
+      if (entry.site->path() == site) return entry.site->delta(name()).weight;
+      paths.push_back(entry.site->path());
+    }
+    TORCH_CHECK_VALUE(false, "effective_delta: adapter '", name(), "' has no site '", site,
+                      "'; closest: ", internal::closest(site, paths));
+  }
+
+  /// The pieces of one method: `adapter.layers<peft::LoraImpl>()`.
+  template <class PieceType>
+  std::vector<std::shared_ptr<PieceType>> layers() const {
+    std::vector<std::shared_ptr<PieceType>> pieces;
+    for (const auto& entry : entries()) {
+      if (auto piece = std::dynamic_pointer_cast<PieceType>(entry.piece)) pieces.push_back(std::move(piece));
+    }
+    return pieces;
+  }
+
+ private:
+  struct State {
+    std::shared_ptr<AdapterRecord> record;
+    std::vector<Entry> entries;
+  };
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace peft

@@ -1,0 +1,242 @@
+// FlatStorage: trainable tensors and their gradients as views of few contiguous buffers.
+#pragma once
+
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "peft/core/compat.h"
+
+namespace peft::internal {
+
+/// Lays tensors end to end, so that clearing, norm and update are one pass each. The tensors stay what they
+/// were: own shape, own gradient, own version; whoever replaces one (`to(dtype)`, `load`, a foreign
+/// `zero_grad`) only costs the next `gather` a copy. Example:
+/// ```
+/// FlatStorage storage(adapter.parameters(), groups, /*columns=*/2);
+/// storage.zero_gradients();
+/// loss.backward();
+/// const auto& defined = storage.gather();
+/// ```
+class FlatStorage {
+ public:
+  /// Tensors of one group, type and device.
+  struct Segment {
+    size_t group = 0;
+    std::vector<size_t> members;  ///< indices of its tensors, in the order they lie
+    Tensor values, gradients;     ///< flat
+    std::vector<Tensor> columns;  ///< flat, for whoever keeps something for each weight; they move with it
+  };
+  /// Where a tensor lies.
+  struct Place {
+    size_t segment = 0;
+    int64_t offset = 0;
+  };
+
+  FlatStorage() = default;
+  /// `groups[i]` is the group of `tensors[i]`. Tensors of a segment lie in the order given.
+  FlatStorage(std::vector<Tensor> tensors, std::vector<size_t> groups, size_t columns)
+      : tensors_(std::move(tensors)),
+        groups_(std::move(groups)),
+        columns_(columns),
+        defined_(tensors_.size()) {
+    TORCH_INTERNAL_ASSERT(groups_.size() == tensors_.size());
+    arrange();
+  }
+
+  const std::vector<Segment>& segments() const { return segments_; }
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+  const Place& place(size_t index) const { return places_[index]; }
+  /// A tensor's part of a column, in its shape.
+  Tensor column(size_t which, size_t index) const { return view(segment_of(index).columns[which], index); }
+
+  /// Brings back what was replaced and says for each tensor whether it has a gradient: a slice that nothing
+  /// was written to since `zero_gradients` counts as none. Throws: c10::Error if a tensor has changed its
+  /// shape or its gradient is sparse; nothing is changed then.
+  const std::vector<char>& gather() {
+    torch::NoGradGuard no_grad;
+    gather_values();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const Tensor& gradient = tensors_[i].grad();
+      auto& slice = slices_[i].gradient;
+      if (gradient.is_same(slice)) {
+        defined_[i] = slice._version() != slices_[i].mark;
+      } else if (!gradient.defined()) {
+        defined_[i] = false;
+      } else {
+        // The copy changes the slice's version, which marks it as written to.
+        if (gradient.scalar_type() == slice.scalar_type() && gradient.data_ptr() == slice.data_ptr()) {
+          torch::autograd::impl::bump_version(slice);
+        } else {
+          slice.copy_(gradient);
+        }
+        tensors_[i].mutable_grad() = slice;
+        defined_[i] = true;
+      }
+    }
+    return defined_;
+  }
+
+  /// Clears all gradients. They stay allocated, but until something is written to one, `gather` calls it
+  /// undefined.
+  void zero_gradients() {
+    torch::NoGradGuard no_grad;
+    gather_values();
+    for (auto& segment : segments_) segment.gradients.zero_();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      auto& slice = slices_[i];
+      if (!tensors_[i].grad().is_same(slice.gradient)) tensors_[i].mutable_grad() = slice.gradient;
+      slice.mark = slice.gradient._version();
+    }
+  }
+
+  /// Undefines the gradients that are allocated but untouched, for whoever looks at them next.
+  void drop_untouched() {
+    gather();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (!defined_[i]) tensors_[i].mutable_grad() = Tensor();
+    }
+  }
+
+  /// Tells autograd that a tensor's values were written to through its segment.
+  void mark_written(size_t index) { torch::autograd::impl::bump_version(tensors_[index]); }
+
+ private:
+  struct Slice {
+    Tensor value, gradient;
+    void* address = nullptr;  ///< the value's
+    uint32_t mark = 0;        ///< the gradient's version when it was cleared
+  };
+
+  const Segment& segment_of(size_t index) const { return segments_[places_[index].segment]; }
+  Tensor view(const Tensor& flat, size_t index) const {
+    return flat.narrow(0, places_[index].offset, tensors_[index].numel()).view(tensors_[index].sizes());
+  }
+
+  void gather_values() {
+    bool other_kind = false;
+    std::vector<size_t> moved;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const Tensor& tensor = tensors_[i];
+      const Slice& slice = slices_[i];
+      if (tensor.data_ptr() != slice.address || !tensor.is_contiguous() ||
+          tensor.sizes() != slice.value.sizes()) {
+        moved.push_back(i);
+      }
+      const Tensor& gradient = tensor.grad();
+      TORCH_CHECK(!gradient.defined() || !gradient.is_sparse(),
+                  "AdamW does not support sparse gradients (hint: an nn::Embedding with sparse(false))");
+    }
+    for (const size_t i : moved) {
+      const auto& was = slices_[i].value;
+      TORCH_CHECK(tensors_[i].sizes() == was.sizes(), "the optimizer's tensor ", i, " must keep its shape ",
+                  was.sizes(), ", but has become ", tensors_[i].sizes(), " (hint: make a new optimizer)");
+      other_kind = other_kind || tensors_[i].scalar_type() != was.scalar_type() ||
+                   tensors_[i].device() != was.device();
+    }
+    if (other_kind) return arrange();
+    for (const size_t i : moved) {
+      slices_[i].value.copy_(tensors_[i]);
+      tensors_[i].set_data(slices_[i].value);
+    }
+  }
+
+  /// Makes the segments anew from what the tensors are now. Columns move along; gradients follow in `gather`.
+  void arrange() {
+    torch::NoGradGuard no_grad;
+    std::vector<Segment> segments;
+    std::vector<Place> places(tensors_.size());
+    std::vector<int64_t> sizes;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const auto first = [&](const Segment& segment) { return tensors_[segment.members.front()]; };
+      auto found = std::find_if(segments.begin(), segments.end(), [&](const Segment& segment) {
+        return segment.group == groups_[i] && first(segment).scalar_type() == tensors_[i].scalar_type() &&
+               first(segment).device() == tensors_[i].device();
+      });
+      const auto index = static_cast<size_t>(found - segments.begin());
+      if (found == segments.end()) {
+        segments.push_back({groups_[i], {}, {}, {}, {}});
+        sizes.push_back(0);
+      }
+      segments[index].members.push_back(i);
+      places[i] = {index, sizes[index]};
+      sizes[index] += tensors_[i].numel();
+    }
+    for (size_t s = 0; s < segments.size(); ++s) {
+      // LibTorch's allocators align to 64 bytes or more.
+      const auto options = tensors_[segments[s].members.front()].options().requires_grad(false);
+      segments[s].values = torch::empty({sizes[s]}, options);
+      segments[s].gradients = torch::zeros({sizes[s]}, options);
+      for (size_t c = 0; c < columns_; ++c) segments[s].columns.push_back(torch::zeros({sizes[s]}, options));
+    }
+    const bool first_time = segments_.empty();
+    auto old_segments = std::exchange(segments_, std::move(segments));
+    auto old_places = std::exchange(places_, std::move(places));
+    auto old_slices = std::exchange(slices_, std::vector<Slice>(tensors_.size()));
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      auto& slice = slices_[i];
+      slice.value = view(segment_of(i).values, i);
+      slice.address = slice.value.data_ptr();
+      // variable_data() gives each gradient a version of its own; as views of the buffer all would share one.
+      slice.gradient = view(segment_of(i).gradients, i).variable_data();
+      slice.value.copy_(tensors_[i]);
+      tensors_[i].set_data(slice.value);
+      if (first_time) continue;
+      const auto& old = old_slices[i];
+      if (tensors_[i].grad().is_same(old.gradient) && old.gradient._version() == old.mark) {
+        tensors_[i].mutable_grad() = Tensor();
+      }
+      for (size_t c = 0; c < columns_; ++c) {
+        const auto& from = old_segments[old_places[i].segment].columns[c];
+        column(c, i).copy_(
+            from.narrow(0, old_places[i].offset, tensors_[i].numel()).view(tensors_[i].sizes()));
+      }
+    }
+  }
+
+  std::vector<Tensor> tensors_;
+  std::vector<size_t> groups_;
+  size_t columns_ = 0;
+  std::vector<Segment> segments_;
+  std::vector<Place> places_;
+  std::vector<Slice> slices_;
+  std::vector<char> defined_;
+};
+
+/// The order in which tensors named `<parent>.<layer>.<method>.<tensor>` should lie: by parent, then by
+/// method and tensor, then by layer. So the factors A of a query, a key and a value, which share their input,
+/// are contiguous.
+inline std::vector<size_t> flat_order(const std::vector<std::string>& names) {
+  const auto keys = [](const std::string& name) {
+    size_t dots[3] = {0, 0, 0};
+    for (size_t from = std::string::npos, i = 0; i < 3; ++i) {
+      const auto dot = name.rfind('.', from);
+      if (dot == std::string::npos || dot == 0) break;
+      dots[i] = dot;
+      from = dot - 1;
+    }
+    return std::pair(name.substr(0, dots[2]), name.substr(dots[1]));
+  };
+  std::vector<std::string> parents, kinds;
+  std::vector<std::tuple<size_t, size_t, size_t>> ranks;
+  const auto rank = [](std::vector<std::string>& seen, std::string key) {
+    const auto found = static_cast<size_t>(std::find(seen.begin(), seen.end(), key) - seen.begin());
+    if (found == seen.size()) seen.push_back(std::move(key));
+    return found;
+  };
+  for (size_t i = 0; i < names.size(); ++i) {
+    auto [parent, kind] = keys(names[i]);
+    const auto first = rank(parents, std::move(parent));
+    ranks.emplace_back(first, rank(kinds, std::move(kind)), i);
+  }
+  std::sort(ranks.begin(), ranks.end());
+  std::vector<size_t> order;
+  for (const auto& item : ranks) order.push_back(std::get<2>(item));
+  return order;
+}
+
+}  // namespace peft::internal

@@ -1,0 +1,129 @@
+// Piece: one method's tensors on one site, and what it does to the layer below it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "peft/core/compat.h"
+#include "peft/core/site_traits.h"
+
+namespace peft {
+
+/// A layer as the pieces under this one left it. `base()` is the untouched layer.
+class LayerView {
+ public:
+  virtual ~LayerView() = default;
+  /// F(x).
+  virtual Tensor forward(const Tensor& x) const = 0;
+  /// The effective weights; throws where a piece below works on activations.
+  virtual Weights weights() const = 0;
+  /// F(x) with other weights.
+  virtual Tensor apply(const Tensor& x, const Weights& weights) const = 0;
+  /// x (BA)ᵀ in the cheap order, for the layer's kind: A (rank, *fan_in), B (fan_out, rank / groups, *ones).
+  virtual Tensor low_rank(const Tensor& x, const Tensor& A, const Tensor& B) const = 0;
+  /// (fan_out, prod(fan_in)) → the layout the layer stores its weight in.
+  virtual Tensor fold(const Tensor& BA) const = 0;
+  virtual const LayerView& base() const = 0;
+};
+
+/// One method's tensors on one site. Registered parameters are what trains now or later; frozen method state
+/// is registered as buffers. The constructor allocates and never draws; `initialize` draws.
+class PieceImpl : public nn::Module {
+ public:
+  PieceImpl(std::string method, SiteInfo site)
+      : nn::Module(method), method_(std::move(method)), site_(std::move(site)) {}
+
+  /// The method's name, which is also the name of this child in the module tree: "lora", "bias", …
+  const std::string& method() const { return method_; }
+  const SiteInfo& site() const { return site_; }
+  void set_site(SiteInfo site) { site_ = std::move(site); }
+
+  /// The adapted F(x); by default F with the effective weights.
+  virtual Tensor forward(const Tensor& x, const LayerView& layer) {
+    return layer.apply(x, effective(layer.weights(), layer));
+  }
+
+  /// W′ from the weights that reach this piece.
+  virtual Weights effective(const Weights& weights, const LayerView& layer) const = 0;
+
+  /// Why `effective` cannot be had, or an empty string.
+  virtual std::string not_mergeable() const { return {}; }
+  /// True for a method that has no W′ by its nature: no weight method may come after it.
+  virtual bool works_on_activations() const { return false; }
+
+  /// The reference's random draws, and all that is read from the base. Runs once, on a piece in float32 on
+  /// the CPU.
+  virtual void initialize(const LayerView& base) = 0;
+
+  /// Moves the piece to its site's device and floating type. Half types are widened to float32 after
+  /// rounding, as Hugging Face's `autocast_adapter_dtype` does: values rounded to the base's type, kept in
+  /// float32.
+  virtual void place() {
+    to(site_.device, site_.dtype);
+    if (site_.dtype == torch::kFloat16 || site_.dtype == torch::kBFloat16) to(torch::kFloat32);
+  }
+
+  /// True for a piece that carries its own copy of base tensors (`Bias`, `Replace`): it lies under the
+  /// others.
+  virtual bool substitutes() const { return false; }
+
+  /// True where the method's contribution has a strength.
+  virtual bool scalable() const { return false; }
+  /// Multiplies the piece's contribution by `factor` (1 is as trained).
+  virtual void set_scale(double factor) {
+    TORCH_CHECK_VALUE(factor == 1.0, method_, ": this method has no strength to scale, but got factor ",
+                      factor);
+  }
+
+  /// How many base values the piece makes different once merged.
+  virtual int64_t changed() const {
+    int64_t count = 1;
+    for (const auto size : site_.weight_shape) count *= size;
+    return site_.weight_shape.empty() ? 0 : count;
+  }
+
+  /// A copy with its own tensors and the same `requires_grad`, nothing drawn.
+  virtual std::shared_ptr<PieceImpl> copy() const = 0;
+
+  std::shared_ptr<nn::Module> clone(const internal::OptionalDevice& device) const override {
+    auto result = copy();
+    if (device) result->to(*device);
+    return result;
+  }
+
+ private:
+  std::string method_;
+  SiteInfo site_;
+};
+
+/// Gives a method's piece its options and its copy. `Derived` must be constructible from (Options, SiteInfo).
+template <class Derived, class Options>
+class Piece : public PieceImpl {
+ public:
+  Piece(std::string method, Options settings, SiteInfo site)
+      : PieceImpl(std::move(method), std::move(site)), options(std::move(settings)) {}
+
+  std::shared_ptr<PieceImpl> copy() const override {
+    torch::NoGradGuard no_grad;
+    auto result = std::make_shared<Derived>(options, site());
+    const auto copy_all = [](const auto& from, auto to) {
+      for (const auto& item : from) {
+        to[item.key()].set_data(item.value().detach().clone());
+        to[item.key()].set_requires_grad(item.value().requires_grad());
+      }
+    };
+    copy_all(this->named_parameters(), result->named_parameters());
+    copy_all(this->named_buffers(), result->named_buffers());
+    result->train(this->is_training());
+    result->copy_state(static_cast<const Derived&>(*this));
+    return result;
+  }
+
+  /// Copies what is neither a tensor nor an option; a method with such state hides it.
+  void copy_state(const Derived&) {}
+
+  Options options;
+};
+
+}  // namespace peft

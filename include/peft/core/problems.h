@@ -1,0 +1,83 @@
+// Problems: collects everything that is wrong before anything is changed, and reports it at once.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace peft::internal {
+
+/// A list of complaints under one title. Example:
+/// ```
+/// Problems problems;
+/// if (rank < 1) problems.add("rank must be positive, but got 0");
+/// problems.raise("add_adapter: nothing was changed");
+/// ```
+class Problems {
+ public:
+  void add(std::string line) { lines_.push_back(std::move(line)); }
+  bool empty() const { return lines_.empty(); }
+
+  /// Throws c10::ValueError when there is anything to say: a lone problem on the first line, several below
+  /// it, at most 20 of them.
+  void raise(const std::string& title) const {
+    if (lines_.empty()) return;
+    if (lines_.size() == 1) TORCH_CHECK_VALUE(false, title, ": ", lines_.front());
+    constexpr size_t most = 20;
+    std::string text = title + ": " + std::to_string(lines_.size()) + " problems";
+    for (size_t i = 0; i < std::min(most, lines_.size()); ++i) text += "\n  " + lines_[i];
+    if (lines_.size() > most) text += "\n  and " + std::to_string(lines_.size() - most) + " more";
+    TORCH_CHECK_VALUE(false, text);
+  }
+
+ private:
+  std::vector<std::string> lines_;
+};
+
+/// Number of single-character edits between two words.
+inline size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), size_t{0});
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t substitute = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
+    }
+  }
+  return row[b.size()];
+}
+
+/// The candidates nearest to `word`, best first, each quoted, joined by commas: for "did you mean" hints.
+inline std::string closest(std::string_view word, std::vector<std::string> candidates, size_t most = 3) {
+  std::sort(candidates.begin(), candidates.end());
+  candidates.erase(std::unique(candidates.begin(), candidates.end()), candidates.end());
+  std::stable_sort(candidates.begin(), candidates.end(), [&](const std::string& a, const std::string& b) {
+    return edit_distance(word, a) < edit_distance(word, b);
+  });
+  std::string text;
+  for (size_t i = 0; i < std::min(most, candidates.size()); ++i) {
+    text += (i ? ", '" : "'") + candidates[i] + "'";
+  }
+  return text;
+}
+
+/// "(8, 64)" for a shape.
+template <class Shape>
+std::string shape_text(const Shape& shape) {
+  std::string text = "(";
+  bool first = true;
+  for (const auto size : shape) {
+    text += (first ? "" : ", ") + std::to_string(size);
+    first = false;
+  }
+  return text + ")";
+}
+
+}  // namespace peft::internal

@@ -1,0 +1,363 @@
+// add_adapter: puts a method on the sites of a model that a target names, and freezes everything else.
+#pragma once
+
+#include <torch/nn/modules/container/sequential.h>
+
+#include <algorithm>
+#include <concepts>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/adapter.h"
+#include "peft/methods/replace.h"
+#include "peft/model/targets.h"
+
+namespace peft {
+
+/// Settings of a method: what it needs of a site, its name, and the free functions every method header has.
+template <class Options>
+concept MethodOptions = requires(const Options& options, const SiteInfo& site) {
+  { Options::needs } -> std::convertible_to<Needs>;
+  { Options::method } -> std::convertible_to<std::string>;
+  { refusal(options, site) } -> std::same_as<std::string>;
+  { make_piece(options, site) } -> std::same_as<std::shared_ptr<PieceImpl>>;
+};
+
+/// A method and where it goes, the method's type forgotten: several make one adapter.
+struct Part {
+  std::string method;
+  Needs needs;
+  Target target;
+  std::function<std::string(const SiteInfo&)> refusal;
+  std::function<std::shared_ptr<PieceImpl>(const SiteInfo&)> make;
+};
+
+/// `options` on `target`, as a part of an adapter. Throws c10::ValueError if an option is out of range.
+template <MethodOptions Options>
+Part on(Options options, Target target) {
+  if constexpr (requires { check(options); }) check(options);
+  return {Options::method, Options::needs, std::move(target),
+          [options](const SiteInfo& site) { return refusal(options, site); },
+          [options](const SiteInfo& site) { return make_piece(options, site); }};
+}
+
+namespace internal {
+
+/// An adapter that has been checked and built but not attached: nothing of the model has changed yet.
+struct Plan {
+  std::vector<Node> nodes;
+  std::vector<Adapter::Entry> entries;
+  /// Plain layers of a Sequential and what makes them sites; run for those that get a piece.
+  std::vector<std::pair<std::shared_ptr<SiteImpl>, std::function<void()>>> swaps;
+};
+
+/// The site a plain layer of a Sequential would become, or nullptr.
+template <class... Layers>
+std::shared_ptr<SiteImpl> adapted_slot(const std::shared_ptr<nn::Module>& module) {
+  std::shared_ptr<SiteImpl> site;
+  const auto attempt = [&]<class Layer>(Layer*) {
+    if (site) return;
+    if (auto impl = std::dynamic_pointer_cast<typename Layer::ContainedType>(module)) {
+      site = std::make_shared<AdaptedImpl<Layer>>(Layer(impl));
+    }
+  };
+  (attempt(static_cast<Layers*>(nullptr)), ...);
+  return site;
+}
+
+/// Puts a site into a Sequential: into the slot its forward calls and into the registry its `parameters`
+/// reads.
+template <class... Layers>
+void fill_slot(nn::SequentialImpl& sequential, const std::string& key,
+               const std::shared_ptr<SiteImpl>& site) {
+  size_t index = 0;
+  for (const auto& child : sequential.named_children()) {
+    if (child.key() == key) break;
+    ++index;
+  }
+  const auto attempt = [&]<class Layer>(Layer*) {
+    if (auto impl = std::dynamic_pointer_cast<AdaptedImpl<Layer>>(site)) {
+      *(sequential.begin() + static_cast<std::ptrdiff_t>(index)) = nn::AnyModule(impl);
+    }
+  };
+  (attempt(static_cast<Layers*>(nullptr)), ...);
+  sequential.replace_module(key, std::static_pointer_cast<nn::Module>(site));
+}
+
+/// Makes a site of a node that is an adaptable layer of a Sequential: in the plan at once, in the model on
+/// commit.
+inline bool become_site(Node& node, Plan& plan) {
+  const auto sequential = std::dynamic_pointer_cast<nn::SequentialImpl>(node.parent);
+  if (!sequential) return false;
+  auto site =
+      adapted_slot<nn::Linear, nn::Conv1d, nn::Conv2d, nn::Conv3d, nn::Embedding, nn::LayerNorm>(node.module);
+  if (!site) return false;
+  site->set_path(node.path);
+  node.site = site;
+  plan.swaps.emplace_back(site, [sequential, key = node.key, site] {
+    fill_slot<nn::Linear, nn::Conv1d, nn::Conv2d, nn::Conv3d, nn::Embedding, nn::LayerNorm>(*sequential, key,
+                                                                                            site);
+  });
+  return true;
+}
+
+/// The sites of `plan.nodes` a part goes to. What is wrong is added to `problems`.
+inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& plan, Problems& problems) {
+  const auto& origin = *part.target.origin();
+  std::vector<std::shared_ptr<SiteImpl>> sites;
+  const auto take = [&](const std::shared_ptr<SiteImpl>& site) {
+    if (std::find(sites.begin(), sites.end(), site) == sites.end()) sites.push_back(site);
+  };
+  const auto can = [&](const Node& node) {
+    const auto info = node.site->info();
+    return info.offers_to(part.needs) && part.refusal(info).empty();
+  };
+
+  if (part.target.predicate()) {
+    for (auto& node : plan.nodes) {
+      if (is_excluded(origin, node.path)) continue;
+      if (!node.site && !become_site(node, plan)) continue;
+      if (can(node) && part.target.predicate()(node.site->info())) take(node.site);
+    }
+    if (sites.empty()) problems.add("the target of '" + part.method + "' matches no site that can take it");
+    return sites;
+  }
+
+  std::vector<std::string> unmatched = origin.names;
+  const auto matches = [&](const std::string& path) {
+    if (!origin.pattern.empty()) return std::regex_match(path, std::regex(origin.pattern));
+    for (const auto& name : origin.names) {
+      if (!ends_in_name(path, name)) continue;
+      if (path != name && !origin.layers.empty()) {
+        const auto layer = layer_index(path, origin.layers_pattern);
+        if (std::find(origin.layers.begin(), origin.layers.end(), layer) == origin.layers.end()) continue;
+      }
+      std::erase(unmatched, name);
+      return true;
+    }
+    return false;
+  };
+  bool any = false;
+  for (auto& node : plan.nodes) {
+    if (!matches(node.path) || is_excluded(origin, node.path)) continue;
+    any = true;
+    if (node.site || become_site(node, plan)) {
+      const auto info = node.site->info();
+      const auto why = info.offers_to(part.needs)
+                           ? part.refusal(info)
+                           : "a " + info.layer + " does not offer " + to_string(part.needs);
+      if (why.empty()) {
+        take(node.site);
+        continue;
+      }
+      if (info.offers_to(Needs::weights) || node.module->children().empty()) {
+        problems.add("'" + node.path + "' cannot take '" + part.method + "': " + why);
+        continue;
+      }
+    }
+    bool below = false;
+    for (const auto& inner : plan.nodes) {
+      if (inner.path.rfind(node.path + ".", 0) != 0 || !inner.site || is_excluded(origin, inner.path))
+        continue;
+      if (!can(inner)) continue;
+      take(inner.site);
+      below = true;
+    }
+    if (!below) {
+      problems.add("'" + node.path + "' matches but is a plain " + node.module->name() +
+                   " (hint: declare it as peft::Linear, peft::Embedding, … in its parent)");
+    }
+  }
+  std::vector<std::string> paths;
+  for (const auto& node : plan.nodes) {
+    paths.push_back(node.path);
+    if (node.path.find('.') != std::string::npos) paths.push_back(node.path.substr(node.path.rfind('.') + 1));
+  }
+  if (!origin.pattern.empty() && !any) {
+    problems.add("no module's path matches the expression '" + origin.pattern + "'");
+  }
+  for (const auto& name : unmatched) {
+    problems.add("no module matches target '" + name + "'; closest: " + closest(name, paths));
+  }
+  return sites;
+}
+
+/// Checks everything, builds the pieces, changes nothing. `extends`: the adapter exists and gets further
+/// pieces.
+inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, const std::string& name,
+                         bool extends) {
+  Plan plan;
+  plan.nodes = walk(model);
+  Problems problems;
+  bool known = false, sited = false;
+  for (const auto& node : plan.nodes) {
+    if (!node.site) continue;
+    sited = true;
+    known = known || !node.site->pieces(name).empty();
+    if (node.site->owns_name(name)) {
+      problems.add("adapter name '" + name + "' is the name of a child of '" + node.path +
+                   "' (hint: choose another)");
+    }
+    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
+  }
+  if (name.empty() || name.find('.') != std::string::npos || name == RowAdapters::base) {
+    problems.add("an adapter's name must not be empty, hold a dot or be '__base__', but got '" + name + "'");
+  }
+  if (parts.empty()) problems.add("expected at least one part, but got none");
+  if (known && !extends) problems.add("the model already has an adapter '" + name + "'");
+  if (!known && extends) problems.add("the model has no adapter '" + name + "'");
+
+  struct Pending {
+    std::shared_ptr<SiteImpl> site;
+    const Part* part;
+  };
+  std::vector<Pending> pending;
+  for (const auto& part : parts) {
+    for (const auto& site : resolve(part, plan, problems)) pending.push_back({site, &part});
+  }
+  if (!sited && plan.swaps.empty() && !problems.empty()) {
+    problems.add(
+        "this model has no sites at all (hint: declare its layers as peft::Linear, peft::Embedding, …)");
+  }
+  problems.raise("add_adapter");
+
+  // The model's order, and on one site the order of the parts: also the order of the random draws.
+  const auto position = [&](const std::shared_ptr<SiteImpl>& site) {
+    return std::find_if(plan.nodes.begin(), plan.nodes.end(),
+                        [&](const Node& node) { return node.site == site; }) -
+           plan.nodes.begin();
+  };
+  std::vector<std::pair<std::ptrdiff_t, Pending>> ordered;
+  for (const auto& item : pending) ordered.emplace_back(position(item.site), item);
+  std::stable_sort(ordered.begin(), ordered.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+
+  for (const auto& [index, item] : ordered) {
+    const auto& path = item.site->path();
+    std::vector<const PieceImpl*> present;
+    for (const auto& attached : item.site->pieces(name)) present.push_back(attached.piece.get());
+    for (const auto& entry : plan.entries) {
+      if (entry.site == item.site) present.push_back(entry.piece.get());
+    }
+    std::shared_ptr<PieceImpl> piece;
+    try {
+      piece = item.part->make(item.site->info());
+    } catch (const c10::Error& error) {
+      problems.add("'" + path + "': " + error.what_without_backtrace());
+      continue;
+    }
+    for (const auto* other : present) {
+      if (other->method() == piece->method()) {
+        problems.add("'" + path + "' would carry '" + piece->method() + "' twice in adapter '" + name + "'");
+      } else if (other->substitutes() && piece->substitutes()) {
+        problems.add("'" + path + "' would carry both '" + other->method() + "' and '" + piece->method() +
+                     "' (hint: leave it out of one target with .exclude({…}))");
+      }
+    }
+    if (item.part->needs == Needs::weights && !item.site->activation()->get()->active.empty()) {
+      for (const auto& active : item.site->activation()->get()->active) {
+        for (const auto& attached : item.site->pieces(active)) {
+          if (attached.piece->works_on_activations()) {
+            problems.add("'" + path + "': '" + piece->method() + "' changes weights and cannot come after '" +
+                         attached.piece->method() + "' of active adapter '" + active + "'");
+          }
+        }
+      }
+    }
+    plan.entries.push_back({item.site, piece, item.part->target.origin()});
+  }
+  problems.raise("add_adapter");
+  return plan;
+}
+
+/// Attaches what was planned: swaps Sequential slots, freezes the base, registers the pieces, activates the
+/// name.
+inline void commit(Plan& plan, const Adapter& adapter, bool trainable) {
+  const auto adapted = [&](const std::shared_ptr<SiteImpl>& site) {
+    return std::any_of(plan.entries.begin(), plan.entries.end(),
+                       [&](const auto& entry) { return entry.site == site; });
+  };
+  for (const auto& [site, swap] : plan.swaps) {
+    if (adapted(site)) swap();
+  }
+  const auto activation = common_activation(plan.nodes);
+  for (const auto& node : plan.nodes) {
+    if (node.site) node.site->share(activation);
+    for (const auto& parameter : node.module->parameters(/*recurse=*/false))
+      Tensor(parameter).set_requires_grad(false);
+    if (!node.site) continue;
+    for (const auto& item : node.site->base_parameters()) Tensor(item.value()).set_requires_grad(false);
+  }
+  for (auto& entry : plan.entries) {
+    if (!trainable) {
+      for (auto& parameter : entry.piece->parameters()) parameter.set_requires_grad(false);
+    }
+    entry.site->attach({entry.piece, entry.origin, adapter.shared_record()});
+    adapter.add(entry);
+  }
+  auto set = *activation->get();
+  const auto append = [&](std::vector<std::string>& names) {
+    if (std::find(names.begin(), names.end(), adapter.name()) == names.end()) names.push_back(adapter.name());
+  };
+  append(set.active);
+  append(set.known);
+  activation->set(std::move(set));
+}
+
+inline void initialize(const Plan& plan) {
+  torch::NoGradGuard no_grad;
+  for (const auto& entry : plan.entries) {
+    entry.piece->initialize(*entry.site->base_view());
+    entry.piece->place();
+  }
+}
+
+inline std::shared_ptr<AdapterRecord> make_record(const nn::Module& model, const std::string& name) {
+  auto record = std::make_shared<AdapterRecord>();
+  record->name = name;
+  if (const auto* described = dynamic_cast<const Described*>(&model)) record->model = described->describe();
+  return record;
+}
+
+}  // namespace internal
+
+/// Adds one adapter made of several parts. Freezes every parameter outside adapters and appends the new one
+/// to the active list. Nothing is changed unless everything fits. Throws: c10::ValueError listing all
+/// problems: a target that matches nothing (with the nearest names), a layer that cannot take the method, a
+/// name that is taken, a merged site, options out of range.
+inline Adapter add_adapter(nn::Module& model, const std::vector<Part>& parts,
+                           const std::string& name = "default") {
+  auto plan = internal::plan_adapter(model, parts, name, /*extends=*/false);
+  internal::initialize(plan);
+  const Adapter adapter(internal::make_record(model, name));
+  internal::commit(plan, adapter, /*trainable=*/true);
+  return adapter;
+}
+
+/// Adds an adapter of one method. Example:
+/// ```
+/// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8).alpha(16), peft::named({"query", "value"}),
+/// "topics");
+/// ```
+template <MethodOptions Options>
+Adapter add_adapter(nn::Module& model, Options options, Target target, const std::string& name = "default") {
+  return add_adapter(model, std::vector<Part>{on(std::move(options), std::move(target))}, name);
+}
+
+/// Lets the adapter train its own copy of further layers (a task head): `Replace` pieces under the same name,
+/// Hugging Face's `modules_to_save`. Before any optimiser is made.
+inline void train_also(const Adapter& adapter, nn::Module& model, Target target) {
+  TORCH_CHECK(
+      !adapter.record().has_optimizer, "train_also: adapter '", adapter.name(),
+      "' already has an optimizer, which would not see the new tensors (hint: call train_also first)");
+  auto plan = internal::plan_adapter(model, {on(ReplaceOptions(), std::move(target))}, adapter.name(),
+                                     /*extends=*/true);
+  internal::initialize(plan);
+  internal::commit(plan, adapter, /*trainable=*/true);
+}
+
+}  // namespace peft

@@ -1,0 +1,75 @@
+// merge: writes the active adapters into the base's weights; unmerge: takes them out again, bit for bit.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/model/active.h"
+
+namespace peft {
+
+/// Writes the effective weights of the active adapters into the base, computed out of place. The originals
+/// are kept for `unmerge` unless `keep` is false. Until then the model runs at the plain model's cost, and
+/// adapters cannot be added, removed or switched. Throws, before anything is changed: c10::ValueError listing
+/// every site that cannot be merged, whose merged weights are not finite, or that is merged already; when no
+/// adapter is active or they are disabled.
+inline void merge(nn::Module& model, bool keep = true) {
+  const auto nodes = internal::walk(model);
+  const auto set = internal::activation_of(nodes, "merge")->get();
+  TORCH_CHECK_VALUE(!set->active.empty(), "merge: no adapter is active");
+  TORCH_CHECK_VALUE(set->enabled, "merge: the adapters are disabled (hint: enable them first)");
+  internal::Problems problems;
+  struct Change {
+    SiteImpl* site;
+    std::vector<std::string> adapters;
+    Weights weights;
+  };
+  std::vector<Change> changes;
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    if (node.site->is_merged()) {
+      problems.add("'" + node.path + "' is merged already (hint: unmerge first)");
+      continue;
+    }
+    Change change{node.site.get(), {}, {}};
+    bool fits = true;
+    for (const auto& name : set->active) {
+      const auto& pieces = node.site->pieces(name);
+      if (!pieces.empty()) change.adapters.push_back(name);
+      for (const auto& attached : pieces) {
+        const auto why = attached.piece->not_mergeable();
+        if (why.empty()) continue;
+        problems.add("'" + node.path + "': " + why);
+        fits = false;
+      }
+    }
+    if (change.adapters.empty() || !fits) continue;
+    change.weights = node.site->merged_weights(change.adapters);
+    const auto finite = [](const Tensor& t) { return !t.defined() || t.isfinite().all().item<bool>(); };
+    if (!finite(change.weights.weight) || !finite(change.weights.bias)) {
+      problems.add("'" + node.path + "': the merged weights hold NaN or infinity");
+    }
+    changes.push_back(std::move(change));
+  }
+  if (changes.empty() && problems.empty()) problems.add("no site of the model carries an active adapter");
+  problems.raise("merge");
+  for (auto& change : changes) change.site->swap_in(change.weights, std::move(change.adapters), keep);
+}
+
+/// Puts the base's weights back as they were before `merge`, bit for bit. Throws if the model is not merged
+/// or the originals were not kept.
+inline void unmerge(nn::Module& model) {
+  std::vector<SiteImpl*> merged;
+  for (const auto& node : internal::walk(model)) {
+    if (node.site && node.site->is_merged()) merged.push_back(node.site.get());
+  }
+  TORCH_CHECK(!merged.empty(), "unmerge: the model is not merged");
+  for (const auto* site : merged) {
+    TORCH_CHECK(site->keeps_original(), "unmerge: the originals of '", site->path(),
+                "' were not kept (hint: merge(model, /*keep=*/true))");
+  }
+  for (auto* site : merged) site->swap_out();
+}
+
+}  // namespace peft

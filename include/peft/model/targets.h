@@ -1,0 +1,177 @@
+// Targets: which sites of a model a method goes to.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <memory>
+#include <regex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/adapted.h"
+#include "peft/core/pattern.h"
+#include "peft/core/problems.h"
+#include "peft/core/site.h"
+
+namespace peft {
+
+/// Which sites of a model a method goes to. Made by `named`, `matching`, `where`, `all`; refined by `exclude`
+/// and `layers`. A target that names a container means every site below it that can take the method.
+class Target {
+ public:
+  using Predicate = std::function<bool(const SiteInfo&)>;
+
+  explicit Target(Origin origin, Predicate predicate = {})
+      : origin_(std::make_shared<Origin>(std::move(origin))), predicate_(std::move(predicate)) {}
+
+  /// Leaves out modules whose path is one of these names or ends in a dot and one, and all below them.
+  Target exclude(std::vector<std::string> names) const {
+    auto result = *this;
+    result.origin_ = std::make_shared<Origin>(*origin_);
+    result.origin_->exclude = std::move(names);
+    return result;
+  }
+  /// Keeps, of the modules found by a name's last segments, those in these layers: the layer's index is the
+  /// first number in the path that follows a dotted name, or that follows one of the `patterns`. Hugging
+  /// Face's `layers_to_transform` and `layers_pattern`.
+  Target layers(std::vector<int64_t> indices, std::vector<std::string> patterns = {}) const {
+    TORCH_CHECK_VALUE(!origin_->names.empty(), "Target::layers: expected a target made by named({…})");
+    auto result = *this;
+    result.origin_ = std::make_shared<Origin>(*origin_);
+    result.origin_->layers = std::move(indices);
+    result.origin_->layers_pattern = std::move(patterns);
+    return result;
+  }
+
+  std::shared_ptr<const Origin> origin() const { return origin_; }
+  const Predicate& predicate() const { return predicate_; }
+
+ private:
+  std::shared_ptr<Origin> origin_;
+  Predicate predicate_;
+};
+
+/// Modules whose path is one of `names` or ends in a dot and one of them. Each name must match something.
+inline Target named(std::vector<std::string> names) {
+  TORCH_CHECK_VALUE(!names.empty(), "named: expected at least one name, but got none");
+  Origin origin;
+  origin.names = std::move(names);
+  return Target(std::move(origin));
+}
+/// Modules whose whole path matches the regular expression (ECMAScript).
+inline Target matching(std::string pattern) {
+  try {
+    std::regex{pattern};
+  } catch (const std::regex_error& error) {
+    TORCH_CHECK_VALUE(false, "matching: '", pattern, "' is no regular expression: ", error.what());
+  }
+  Origin origin;
+  origin.pattern = std::move(pattern);
+  return Target(std::move(origin));
+}
+/// Sites that can take the method and for which the predicate holds. At least one must.
+inline Target where(Target::Predicate predicate) { return Target(Origin{}, std::move(predicate)); }
+/// Every site that can take the method.
+inline Target all() {
+  return where([](const SiteInfo&) { return true; });
+}
+
+namespace internal {
+
+/// True if `path` is `name` or ends in a dot and `name`.
+inline bool ends_in_name(const std::string& path, const std::string& name) {
+  if (path == name) return true;
+  return path.size() > name.size() + 1 && path.compare(path.size() - name.size(), name.size(), name) == 0 &&
+         path[path.size() - name.size() - 1] == '.';
+}
+
+/// One module of a model, adapters left out.
+struct Node {
+  std::string path;
+  std::shared_ptr<nn::Module> module;
+  std::shared_ptr<SiteImpl> site;      ///< the module, if it is one
+  std::shared_ptr<nn::Module> parent;  ///< nullptr where the root is not held by a shared_ptr
+  std::string key;                     ///< under which the parent holds it
+};
+
+inline void walk_into(const std::shared_ptr<nn::Module>& parent, nn::Module& module, const std::string& path,
+                      std::vector<Node>& nodes) {
+  const auto* site = dynamic_cast<const SiteImpl*>(&module);
+  const auto adapters = site ? site->adapters() : std::vector<std::string>{};
+  for (const auto& child : module.named_children()) {
+    if (std::find(adapters.begin(), adapters.end(), child.key()) != adapters.end()) continue;
+    const auto child_path = path.empty() ? child.key() : path + "." + child.key();
+    nodes.push_back(
+        {child_path, child.value(), std::dynamic_pointer_cast<SiteImpl>(child.value()), parent, child.key()});
+    walk_into(child.value(), *child.value(), child_path, nodes);
+  }
+}
+
+/// The activation of a model's sites: of several, the one that knows most adapters, for its site was adapted
+/// last.
+inline std::shared_ptr<Activation> common_activation(const std::vector<Node>& nodes) {
+  std::shared_ptr<Activation> activation;
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    if (!activation || node.site->activation()->get()->known.size() > activation->get()->known.size()) {
+      activation = node.site->activation();
+    }
+  }
+  return activation;
+}
+
+/// Every module of a model, parents before children, in the order of registration; adapters left out. Sites
+/// learn their paths, and come to share one activation and one record an adapter (a plain `clone` gives each
+/// its own).
+inline std::vector<Node> walk(nn::Module& model) {
+  std::vector<Node> nodes;
+  if (auto* self = dynamic_cast<SiteImpl*>(&model)) {
+    auto shared = std::dynamic_pointer_cast<SiteImpl>(self->shared_from_this());
+    nodes.push_back({"", shared, shared, nullptr, ""});
+  }
+  walk_into(model.weak_from_this().lock(), model, "", nodes);
+  std::map<std::string, std::shared_ptr<AdapterRecord>> records;
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    if (node.site->path() != node.path) node.site->set_path(node.path);
+    for (const auto& name : node.site->adapters()) {
+      const auto record = records.emplace(name, node.site->pieces(name).front().record).first->second;
+      if (node.site->pieces(name).front().record != record) node.site->set_record(name, record);
+    }
+  }
+  const auto activation = common_activation(nodes);
+  for (const auto& node : nodes) {
+    if (node.site && node.site->activation() != activation) node.site->share(activation);
+  }
+  return nodes;
+}
+
+/// The layer index Hugging Face's `layers_to_transform` reads in a path, or −1.
+inline int64_t layer_index(const std::string& path, const std::vector<std::string>& patterns) {
+  std::smatch match;
+  if (patterns.empty()) {
+    static const std::regex first_number(R"(.*?\.[^.]*\.(\d+)\..*)");
+    return std::regex_match(path, match, first_number) ? std::stoll(match[1]) : -1;
+  }
+  for (const auto& pattern : patterns) {
+    if (std::regex_match(path, match, std::regex("(?:|.*?\\.)" + pattern + R"(\.(\d+)\..*)"))) {
+      return std::stoll(match[match.size() - 1]);
+    }
+  }
+  return -1;
+}
+
+/// True if the path or a module above it bears one of the excluded names.
+inline bool is_excluded(const Origin& origin, const std::string& path) {
+  for (size_t end = path.find('.');; end = path.find('.', end + 1)) {
+    const auto prefix = path.substr(0, end);
+    const auto bears = [&](const std::string& name) { return ends_in_name(prefix, name); };
+    if (std::any_of(origin.exclude.begin(), origin.exclude.end(), bears)) return true;
+    if (end == std::string::npos) return false;
+  }
+}
+
+}  // namespace internal
+}  // namespace peft
