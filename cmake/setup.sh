@@ -48,17 +48,17 @@ peft_make_cache() {
     peft_fail "the cache folder $PEFT_CACHE cannot be written (hint: set PEFT_CACHE to one of yours)"
 }
 
-# Runs a command as root; $peft_wanted names what it is for.
-peft_as_root() {
-  if [ "$(id -u)" -eq 0 ]; then
-    "$@"
-  elif peft_has sudo && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
-    sudo DEBIAN_FRONTEND=noninteractive "$@"
-  else
+# peft_need_root PACKAGE...: fails unless those can be installed.
+peft_need_root() {
+  [ "$(id -u)" -eq 0 ] || { peft_has sudo && { sudo -n true 2>/dev/null || [ -t 0 ]; }; } ||
     peft_fail "installing packages needs root or sudo, and this user has neither" \
-      "ask an administrator for: apt-get install $peft_wanted"
-  fi
+      "ask an administrator for: apt-get update${*:+ && apt-get install $*}"
 }
+peft_as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo DEBIAN_FRONTEND=noninteractive "$@"; fi
+}
+# The package index; what apt-get said is left in the file named.
+peft_update_index() { peft_as_root apt-get -o Acquire::Retries=3 update >"$1" 2>&1 || true; }
 
 peft_is_installed() { [[ $(dpkg-query -W -f '${Status}' "$1" 2>/dev/null) == *" installed" ]]; }
 # The version of a package that apt would install; nothing if it knows none.
@@ -71,12 +71,12 @@ peft_install() {
     peft_is_installed "$package" || missing+=("$package")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
-  peft_wanted="${missing[*]}"
-  peft_has apt-get || peft_fail "this is not Debian or Ubuntu (no apt-get): install these by hand: $peft_wanted"
+  peft_has apt-get || peft_fail "this is not Debian or Ubuntu (no apt-get): install these by hand: ${missing[*]}"
+  peft_need_root "${missing[@]}"
   peft_need_disk /usr 2500 "installing packages"
-  peft_say "installing: $peft_wanted"
+  peft_say "installing: ${missing[*]}"
   log=$(mktemp)
-  peft_as_root apt-get -o Acquire::Retries=3 update >"$log" 2>&1 || true
+  peft_update_index "$log"
   for package in "${missing[@]}"; do
     [ -n "$(peft_candidate "$package")" ] || unknown+=("$package")
   done
@@ -170,8 +170,8 @@ peft_use_debian_torch() {
   local version
   if ! peft_is_installed libtorch-dev; then
     if [ -z "$(peft_candidate libtorch-dev)" ] && peft_has apt-get; then
-      peft_wanted=libtorch-dev
-      peft_as_root apt-get -o Acquire::Retries=3 update >/dev/null 2>&1 || true
+      peft_need_root libtorch-dev
+      peft_update_index /dev/null
     fi
     version=$(peft_candidate libtorch-dev)
     peft_at_least "${version:-0}" $PEFT_TORCH_OLDEST || return 1
@@ -203,7 +203,7 @@ peft_pip() {
     rm -f "$log"
     return 0
   fi
-  peft_pip_error=$(grep -E '^ERROR|No space left|No module named' "$log" | tail -n 2 || true)
+  peft_pip_error=$(grep -E '^ERROR|No space left|No module named' "$log" | tail -n 1 || true)
   rm -f "$log"
   return 1
 }
@@ -329,7 +329,11 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   libtorch=
   while [ $# -gt 0 ]; do
     case $1 in
-      --libtorch) libtorch=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
+      --libtorch)
+        [ $# -ge 2 ] || peft_fail "--libtorch needs a value: debian or wheel"
+        libtorch=$2
+        shift 2
+        ;;
       *) peft_fail "unknown argument '$1' (expected: [--libtorch debian|wheel])" ;;
     esac
   done

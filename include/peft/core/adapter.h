@@ -96,12 +96,14 @@ class Adapter {
   /// W′ − W of this adapter alone at one site, in the layout the layer stores its weight.
   Tensor effective_delta(const std::string& site) const {
     std::vector<std::string> paths;
+    const Entry* found = nullptr;
     for (const auto& entry : entries()) {
-      if (entry.site->path() == site) return entry.site->delta(name()).weight;
+      if (entry.site->path() == site) found = &entry;
       paths.push_back(entry.site->path());
     }
-    TORCH_CHECK_VALUE(false, "effective_delta: adapter '", name(), "' has no site '", site,
+    TORCH_CHECK_VALUE(found, "effective_delta: adapter '", name(), "' has no site '", site,
                       "'; closest: ", internal::closest(site, paths));
+    return found->site->delta(name()).weight;
   }
 
   /// The pieces of one method: `adapter.layers<peft::LoraImpl>()`.
