@@ -12,3 +12,4 @@
 #include "peft/model/add_adapter.h"
 #include "peft/model/merge.h"
 #include "peft/model/summary.h"
+#include "peft/version.h"

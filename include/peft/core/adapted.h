@@ -1,6 +1,8 @@
 // Adapted: a frozen layer that carries adapters; a drop-in for the layer where it carries none.
 #pragma once
 
+#include <ATen/Context.h>
+
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -201,13 +203,20 @@ class LayerSite : public SiteImpl {
 
   std::shared_ptr<nn::Module> clone(const internal::OptionalDevice& device = {}) const override {
     torch::NoGradGuard no_grad;
+    // A layer's clone() draws its weights before it copies them; the generator must not notice.
+    auto generator = at::globalContext().defaultGenerator(torch::kCPU);
+    const auto drawn = generator.get_state();
     Layer layer(std::dynamic_pointer_cast<typename Layer::ContainedType>(base->clone()));
+    generator.set_state(drawn);
     const auto from = base->named_parameters();
     auto into = layer->named_parameters();
     for (const auto& item : from) into[item.key()].set_requires_grad(item.value().requires_grad());
     auto result = std::make_shared<Derived>(layer);
     result->copy_adapters_from(*this);
-    if (kept_) result->kept_ = Weights{alias(kept_->weight), alias(kept_->bias)};
+    if (kept_) {
+      const auto own = [](const Tensor& t) { return t.defined() ? t.clone() : Tensor(); };
+      result->kept_ = Weights{own(kept_->weight), own(kept_->bias)};
+    }
     if (device) result->to(*device);
     return result;
   }
@@ -224,6 +233,7 @@ class LayerSite : public SiteImpl {
   /// The adapted F(x) of a single input.
   Tensor chain(const Tensor& x) {
     const auto* rows = RowAdapters::current();
+    TORCH_CHECK(!rows || !is_merged(), "RowAdapters: '", path(), "' is merged (hint: unmerge first)");
     const auto set = active_set();
     const internal::BaseView<Layer> view(base);
     if (!set) return view.forward(x);

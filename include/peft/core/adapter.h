@@ -35,6 +35,7 @@ class Adapter {
   const std::shared_ptr<AdapterRecord>& shared_record() const { return state_->record; }
   const std::vector<Entry>& entries() const { return state_->entries; }
   void add(Entry entry) const { state_->entries.push_back(std::move(entry)); }
+  void set_entries(std::vector<Entry> entries) const { state_->entries = std::move(entries); }
 
   /// Paths of the adapted layers, in the model's order, each once.
   std::vector<std::string> sites() const {

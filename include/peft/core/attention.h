@@ -4,6 +4,7 @@
 #include <torch/arg.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "peft/core/activation_site.h"
 
@@ -45,14 +46,20 @@ class AttentionImpl : public internal::ActivationSite<AttentionImpl> {
     return info;
   }
 
-  Tensor forward(const Tensor& q, Tensor k, Tensor v, const Tensor& bias) {
+  Tensor forward(const Tensor& q, Tensor k, Tensor v, Tensor bias) {
     if (options.kv_heads() != options.heads()) {
       const auto times = options.heads() / options.kv_heads();
       k = k.repeat_interleave(times, 1);
       v = v.repeat_interleave(times, 1);
     }
     const auto dropout = is_training() ? options.dropout() : 0.0;
-    const auto y = internal::scaled_dot_product_attention(q, k, v, bias, dropout, options.causal());
+    auto causal = options.causal();
+    if (causal && bias.defined()) {  // LibTorch takes one or the other
+      const auto future = torch::ones({q.size(2), k.size(2)}, q.options().dtype(torch::kBool)).triu(1);
+      bias = bias.masked_fill(future, -std::numeric_limits<double>::infinity());
+      causal = false;
+    }
+    const auto y = internal::scaled_dot_product_attention(q, k, v, bias, dropout, causal);
     return y.transpose(1, 2).reshape({q.size(0), q.size(2), options.heads() * options.head_width()});
   }
 

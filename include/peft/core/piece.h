@@ -76,11 +76,15 @@ class PieceImpl : public nn::Module {
                       factor);
   }
 
-  /// How many base values the piece makes different once merged.
-  virtual int64_t changed() const {
+  /// How many base values a piece makes different once merged.
+  struct Changed {
+    int64_t weight = 0, bias = 0;
+  };
+  /// By default the whole weight.
+  virtual Changed changed() const {
     int64_t count = 1;
     for (const auto size : site_.weight_shape) count *= size;
-    return site_.weight_shape.empty() ? 0 : count;
+    return {site_.weight_shape.empty() ? 0 : count, 0};
   }
 
   /// A copy with its own tensors and the same `requires_grad`, nothing drawn.

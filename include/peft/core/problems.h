@@ -22,6 +22,7 @@ class Problems {
  public:
   void add(std::string line) { lines_.push_back(std::move(line)); }
   bool empty() const { return lines_.empty(); }
+  size_t size() const { return lines_.size(); }
 
   /// Throws c10::ValueError when there is anything to say: a lone problem on the first line, several below
   /// it, at most 20 of them.

@@ -1,0 +1,305 @@
+// Pretrained: opening a Hugging Face folder and loading its weights, strictly, into a model.
+#pragma once
+
+#include "peft/core/compat.h"
+#include "peft/core/problems.h"
+#include "peft/core/site.h"
+#include "peft/io/safetensors.h"
+#include "peft/models/config_json.h"
+
+#include <torch/arg.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft {
+namespace models {
+
+/// How a model is read from a folder.
+struct PretrainedOptions {
+  /// Type of the weights; without one, that of `config.json` or else of the file, as in transformers. Weights
+  /// that have it already are not copied: they are read from the mapped file.
+  TORCH_ARG(std::optional<torch::ScalarType>, dtype);
+  /// Replaces every dropout probability of the base.
+  TORCH_ARG(std::optional<double>, dropout);
+  /// Whether an encoder has its pooler; without a word, it has one where the file has one.
+  TORCH_ARG(std::optional<bool>, pooler);
+  /// Where the base came from, for the adapters' configs.
+  TORCH_ARG(std::string, name_or_path) = "";
+  /// Takes what a user should know in one line: a head that was initialised, tensors left out.
+  TORCH_ARG(std::function<void(const std::string&)>, note) = [](const std::string& line) {
+    std::cerr << line + "\n";
+  };
+};
+
+/// What a model of ours says of itself, so that one loader and one writer serve all families.
+class Pretrained : public Described {
+ public:
+  /// transformers' class: "BertForSequenceClassification".
+  virtual std::string architecture() const = 0;
+  /// transformers' name of the base inside a model with a head: "bert".
+  virtual std::string base_prefix() const = 0;
+  /// The task head's path, or an empty string. It alone may be absent from a file.
+  virtual std::string head() const { return {}; }
+  /// Beginnings of the keys of heads and poolers that other models of this family have.
+  virtual std::vector<std::string> others() const = 0;
+  /// Draws the head's initial values.
+  virtual void initialize_head() {}
+
+  /// Where the base came from; what `describe()` tells adapters.
+  std::string name_or_path;
+};
+
+/// A Hugging Face folder: `config.json` and the weights, in `model.safetensors` or in the shards that
+/// `model.safetensors.index.json` names. Opening maps the files and reads no data.
+///
+/// Throws: c10::Error naming the file: one that is missing or not valid; shards that lack a tensor the index
+/// promises or hold one it does not name.
+class PretrainedFolder {
+ public:
+  explicit PretrainedFolder(std::filesystem::path path) : path_(std::move(path)) {
+    std::error_code ignored;
+    TORCH_CHECK(std::filesystem::is_directory(path_, ignored), "PretrainedFolder: '", path_.string(),
+                "' must be a folder with a model, but there is none");
+    TORCH_CHECK(std::filesystem::is_regular_file(path_ / config_name, ignored), "PretrainedFolder: '",
+                (path_ / config_name).string(), "' is missing");
+    if (std::filesystem::is_regular_file(path_ / weights_name, ignored)) {
+      open_file(weights_name);
+    } else if (std::filesystem::is_regular_file(path_ / index_name, ignored)) {
+      open_shards();
+    } else {
+      const bool pickled = std::filesystem::is_regular_file(path_ / "pytorch_model.bin", ignored);
+      TORCH_CHECK(
+          false, "PretrainedFolder: '", path_.string(), "' must hold ", weights_name, " or ", index_name,
+          pickled ? ", but it has pytorch_model.bin (hint: convert it with transformers' save_pretrained)"
+                  : ", but it has neither");
+    }
+  }
+
+  static constexpr const char* config_name = "config.json";
+  static constexpr const char* weights_name = "model.safetensors";
+  static constexpr const char* index_name = "model.safetensors.index.json";
+
+  const std::filesystem::path& path() const { return path_; }
+  std::filesystem::path config_path() const { return path_ / config_name; }
+  /// The file that lists the tensors, for messages.
+  std::filesystem::path weights_path() const { return path_ / (is_sharded() ? index_name : weights_name); }
+  bool is_sharded() const { return sharded_; }
+
+  /// The weight files by name.
+  const std::map<std::string, SafetensorsFile>& files() const { return files_; }
+  /// Every tensor's name, with the file it is in.
+  const std::map<std::string, const SafetensorsFile*>& tensors() const { return tensors_; }
+
+ private:
+  const SafetensorsFile& open_file(const std::string& name) {
+    const auto& file = files_.try_emplace(name, path_ / name).first->second;
+    for (const auto& key : file.names()) tensors_.emplace(key, &file);
+    return file;
+  }
+
+  void open_shards() {
+    sharded_ = true;
+    const auto index_path = path_ / index_name;
+    const auto index = peft::internal::read_json_object(index_path);
+    const auto map = index.find("weight_map");
+    TORCH_CHECK(map != index.end() && map->is_object() && !map->empty(), "'", index_path.string(),
+                "': 'weight_map' must map tensors to files");
+    peft::internal::Problems problems;
+    std::map<std::string, std::set<std::string>> promised;
+    for (const auto& [key, value] : map->items()) {
+      const bool plain = value.is_string() && is_plain_name(value.get<std::string>());
+      if (plain) {
+        promised[value.get<std::string>()].insert(key);
+      } else {
+        problems.add("'" + key + "' must name a file of the folder, but got " +
+                     peft::internal::json_text(value));
+      }
+    }
+    for (const auto& [name, keys] : promised) {
+      std::error_code ignored;
+      if (!std::filesystem::is_regular_file(path_ / name, ignored)) {
+        problems.add("'" + name + "' is missing");
+        continue;
+      }
+      const auto& file = open_file(name);
+      for (const auto& key : keys) {
+        if (!file.contains(key)) problems.add("'" + name + "' must hold '" + key + "', but does not");
+      }
+      for (const auto& key : file.names()) {
+        if (!keys.count(key))
+          problems.add("'" + name + "' holds '" + key + "', which the index puts elsewhere");
+      }
+    }
+    problems.raise("'" + index_path.string() + "'");
+  }
+
+  static bool is_plain_name(const std::string& name) {
+    const std::filesystem::path path(name);
+    return path.has_filename() && !path.has_parent_path() && name != "." && name != "..";
+  }
+
+  std::filesystem::path path_;
+  std::map<std::string, SafetensorsFile> files_;
+  std::map<std::string, const SafetensorsFile*> tensors_;
+  bool sharded_ = false;
+};
+
+}  // namespace models
+
+namespace internal {
+
+/// The key under which a model holds a file's tensor: old names of norms are renamed, the base prefix is
+/// added or removed as transformers does. The name itself where the model has none such.
+inline std::string model_key(std::string name, const std::string& base_prefix,
+                             const std::function<bool(const std::string&)>& holds) {
+  const auto rename = [&name](const std::string& from, const std::string& to) {
+    if (name.ends_with(from)) name.replace(name.size() - from.size(), from.size(), to);
+  };
+  rename("LayerNorm.gamma", "LayerNorm.weight");
+  rename("LayerNorm.beta", "LayerNorm.bias");
+  const std::string prefix = base_prefix + ".";
+  if (name.starts_with(prefix) && holds(name.substr(prefix.size()))) return name.substr(prefix.size());
+  if (holds(prefix + name)) return prefix + name;
+  return name;
+}
+
+/// Buffers that older files hold and every model can compute.
+inline bool is_derived_buffer(const std::string& name) {
+  return name.ends_with("embeddings.position_ids") || name.ends_with("embeddings.token_type_ids");
+}
+
+/// The type the weights get: what was asked for, else what the config says, else that of the file's first.
+inline torch::ScalarType weight_dtype(const models::PretrainedFolder& folder,
+                                      const models::PretrainedOptions& options) {
+  if (options.dtype()) {
+    TORCH_CHECK_VALUE(c10::isFloatingType(*options.dtype()),
+                      "from_pretrained: dtype must be a floating type, but got ",
+                      c10::toString(*options.dtype()));
+    return *options.dtype();
+  }
+  const auto config = read_json_object(folder.config_path());
+  for (const char* key : {"dtype", "torch_dtype"}) {
+    if (!config.contains(key) || config[key].is_null()) continue;
+    const auto type = config[key].is_string() ? dtype_of_name(config[key].get<std::string>()) : std::nullopt;
+    TORCH_CHECK_VALUE(type, "'", folder.config_path().string(), "': '", key,
+                      "' must be float32, float16, bfloat16 or float64, but got ", json_text(config[key]));
+    return *type;
+  }
+  for (const auto& [name, file] : folder.tensors()) {
+    if (c10::isFloatingType(file->entry(name).dtype)) return file->entry(name).dtype;
+  }
+  return torch::kFloat32;
+}
+
+/// "'a', 'b' and 3 more".
+inline std::string name_some(const std::vector<std::string>& names, size_t most = 2) {
+  std::string text;
+  for (size_t i = 0; i < std::min(most, names.size()); ++i) text += (i ? ", '" : "'") + names[i] + "'";
+  return names.size() > most ? text + " and " + std::to_string(names.size() - most) + " more" : text;
+}
+
+}  // namespace internal
+
+namespace models {
+
+/// Fills a model that carries no adapter with a folder's weights: mapped, not copied, where they have the
+/// type asked for; frozen, because mapped memory cannot be written to. Only the task head may be absent: it
+/// is initialised, and named in a note. Heads of other models are left out with a note.
+///
+/// Throws: c10::ValueError listing everything that is missing, extra, or of another shape or kind; the model
+/// is unchanged.
+inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
+                            const PretrainedOptions& options) {
+  auto* self = dynamic_cast<Pretrained*>(&model);
+  TORCH_CHECK(self != nullptr, "load_pretrained: ", model.name(), " must be a peft::models::Pretrained");
+  auto parameters = model.named_parameters();
+  const auto type = peft::internal::weight_dtype(folder, options);
+  const auto holds = [&parameters](const std::string& key) { return parameters.contains(key); };
+
+  peft::internal::Problems problems;
+  std::map<std::string, std::string> sources;  // the model's key → the file's name
+  std::vector<std::string> left_out;
+  std::vector<std::pair<std::string, std::string>> extra;
+  for (const auto& [name, file] : folder.tensors()) {
+    const auto key = peft::internal::model_key(name, self->base_prefix(), holds);
+    if (!holds(key)) {
+      const auto others = self->others();
+      // Without its base prefix a name says whose head it is.
+      const auto inner =
+          key.starts_with(self->base_prefix() + ".") ? key.substr(self->base_prefix().size() + 1) : key;
+      const bool other = std::any_of(others.begin(), others.end(),
+                                     [&inner](const std::string& start) { return inner.starts_with(start); });
+      if (other) {
+        left_out.push_back(name);
+      } else if (!peft::internal::is_derived_buffer(name)) {
+        extra.emplace_back(name, key);
+      }
+      continue;
+    }
+    const auto [found, fresh] = sources.emplace(key, name);
+    if (!fresh) problems.add("'" + name + "' and '" + found->second + "' are both '" + key + "'");
+    const auto& entry = file->entry(name);
+    if (entry.shape != parameters[key].sizes().vec()) {
+      std::string line = "'" + name + "' expected " + peft::internal::shape_text(parameters[key].sizes()) +
+                         ", but got " + peft::internal::shape_text(entry.shape);
+      const bool in_head = !self->head().empty() && key.starts_with(self->head() + ".");
+      if (in_head) line += " (hint: another number of labels than asked for)";
+      problems.add(line);
+    } else if (!c10::isFloatingType(entry.dtype)) {
+      problems.add("'" + name + "' must be of a floating type, but is " + entry.dtype_name);
+    }
+  }
+
+  std::vector<std::string> missing, missing_head;
+  size_t head_size = 0;
+  for (const auto& item : parameters) {
+    const bool in_head = !self->head().empty() && item.key().starts_with(self->head() + ".");
+    head_size += in_head;
+    if (!sources.count(item.key())) (in_head ? missing_head : missing).push_back(item.key());
+  }
+  const bool no_head = head_size > 0 && missing_head.size() == head_size;
+  if (!no_head) missing.insert(missing.end(), missing_head.begin(), missing_head.end());
+  for (const auto& key : missing) problems.add("'" + key + "' is missing");
+  for (const auto& [name, key] : extra) {
+    std::string line = "'" + name + "' is extra: " + self->architecture() + " has no such tensor";
+    // Looking for the nearest name takes its time, and is no use in a long list.
+    if (extra.size() <= 5) line += "; closest: " + peft::internal::closest(key, parameters.keys(), 1);
+    problems.add(line);
+  }
+  problems.raise("from_pretrained: '" + folder.weights_path().string() + "' does not fit " +
+                 self->architecture());
+
+  torch::NoGradGuard no_grad;
+  for (auto& item : parameters) {
+    const auto source = sources.find(item.key());
+    auto value = source == sources.end()
+                     ? torch::empty(item.value().sizes(), type)
+                     : folder.tensors().at(source->second)->tensor(source->second).to(type);
+    item.value().set_data(value);
+    item.value().set_requires_grad(false);
+  }
+  if (no_head) {
+    self->initialize_head();
+    options.note()("peft: '" + folder.weights_path().string() +
+                   "' has no task head: " + peft::internal::name_some(missing_head) + " of " +
+                   self->architecture() + " start at random");
+  }
+  if (!left_out.empty()) {
+    options.note()("peft: '" + folder.weights_path().string() + "': " + peft::internal::name_some(left_out) +
+                   " left out, which " + self->architecture() + " does not have");
+  }
+  self->name_or_path = options.name_or_path();
+}
+
+}  // namespace models
+}  // namespace peft

@@ -1,0 +1,123 @@
+// save_pretrained: writes a model's base, as it is now, as a complete Hugging Face folder.
+#pragma once
+
+#include "peft/core/compat.h"
+#include "peft/io/atomic_file.h"
+#include "peft/io/safetensors.h"
+#include "peft/models/config_json.h"
+#include "peft/models/pretrained.h"
+
+#include <torch/arg.h>
+
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace peft::models {
+
+/// What of a folder is written otherwise than its source has it.
+struct SaveOptions {
+  /// Names of the labels, in the order of their ids; empty: those of the source's config.
+  TORCH_ARG(std::vector<std::string>, labels);
+  /// transformers' class; empty: that of the source's config.
+  TORCH_ARG(std::string, architecture) = "";
+  /// Whether a task head is written that the source does not have.
+  TORCH_ARG(bool, new_head) = false;
+};
+
+/// Writes a folder that transformers and this library open: every tensor of the source's files under the name
+/// it has there, with the model's present value where the model holds it (so merge first) and the source's
+/// where it does not; the source's config, with what `options` says; its tokenizer and pooling files. Weights
+/// keep the model's type; the config names it. Each file appears complete or not at all; the config is the
+/// last.
+///
+/// Throws: c10::Error naming the file; c10::ValueError where model and source do not fit.
+///
+/// Example:
+/// ```
+/// peft::merge(*model);
+/// peft::models::save_pretrained(*model, "merged", /*source=*/"all-MiniLM-L6-v2");
+/// ```
+inline void save_pretrained(const nn::Module& model, const std::filesystem::path& directory,
+                            const std::filesystem::path& source, const SaveOptions& options = {}) {
+  const auto* self = dynamic_cast<const Pretrained*>(&model);
+  TORCH_CHECK(self != nullptr, "save_pretrained: ", model.name(), " must be a peft::models::Pretrained");
+  const PretrainedFolder folder(source);
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  TORCH_CHECK(!error, "save_pretrained: cannot make '", directory.string(), "': ", error.message());
+  TORCH_CHECK(!std::filesystem::equivalent(directory, source, error), "save_pretrained: '",
+              directory.string(), "' must not be the folder the base is read from");
+
+  const auto parameters = model.named_parameters();
+  const auto holds = [&parameters](const std::string& key) { return parameters.contains(key); };
+  peft::internal::Problems problems;
+  std::set<std::string> written;
+  std::vector<std::pair<std::string, std::vector<std::pair<std::string, Tensor>>>> files;
+  for (const auto& [file_name, file] : folder.files()) {
+    auto& tensors = files.emplace_back(file_name, 0).second;
+    for (const auto& name : file.names()) {
+      const auto key = peft::internal::model_key(name, self->base_prefix(), holds);
+      const auto* parameter = parameters.find(key);
+      if (parameter && parameter->sizes().vec() != file.entry(name).shape) {
+        problems.add("'" + name + "' expected " + peft::internal::shape_text(file.entry(name).shape) +
+                     ", but got " + peft::internal::shape_text(parameter->sizes()));
+      }
+      if (parameter) written.insert(key);
+      tensors.emplace_back(name, parameter ? *parameter : file.tensor(name));
+    }
+  }
+  for (const char* end : {".weight", ".bias"}) {
+    const auto* parameter = options.new_head() ? parameters.find(self->head() + end) : nullptr;
+    if (parameter && !written.count(self->head() + end))
+      files.back().second.emplace_back(self->head() + end, *parameter);
+  }
+  problems.raise("save_pretrained: '" + source.string() + "' is not this model's base");
+
+  auto index = nlohmann::ordered_json::object();
+  if (folder.is_sharded()) index = peft::internal::read_json_object(folder.weights_path());
+  int64_t total = 0;
+  for (const auto& [file_name, tensors] : files) {
+    save_safetensors(directory / file_name, tensors, folder.files().at(file_name).metadata());
+    for (const auto& [name, tensor] : tensors) {
+      total += static_cast<int64_t>(tensor.nbytes());
+      index["weight_map"][name] = file_name;
+    }
+  }
+  if (folder.is_sharded()) {
+    index["metadata"]["total_size"] = total;
+    write_file(directory / PretrainedFolder::index_name, index.dump(2) + "\n");
+  }
+
+  for (const char* name :
+       {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+        "chat_template.jinja", "modules.json", "sentence_bert_config.json",
+        "config_sentence_transformers.json", "1_Pooling/config.json"}) {
+    std::error_code ignored;
+    if (!std::filesystem::is_regular_file(source / name, ignored)) continue;
+    std::filesystem::create_directories((directory / name).parent_path(), ignored);
+    write_file(directory / name, peft::internal::read_text(source / name));
+  }
+
+  auto config = peft::internal::read_json_object(folder.config_path());
+  if (!options.labels().empty()) {
+    config["id2label"] = config["label2id"] = nlohmann::ordered_json::object();
+    for (size_t i = 0; i < options.labels().size(); ++i) {
+      config["id2label"][std::to_string(i)] = options.labels()[i];
+      config["label2id"][options.labels()[i]] = i;
+    }
+    config.erase("num_labels");
+  }
+  if (!options.architecture().empty()) config["architectures"] = {options.architecture()};
+  const bool old_name = config.contains("torch_dtype") && !config.contains("dtype");
+  config[old_name ? "torch_dtype" : "dtype"] =
+      peft::internal::name_of_dtype(parameters.front().value().scalar_type());
+  write_file(directory / PretrainedFolder::config_name, config.dump(2) + "\n");
+}
+
+}  // namespace peft::models
