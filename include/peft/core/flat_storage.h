@@ -109,7 +109,7 @@ class FlatStorage {
   struct Slice {
     Tensor value, gradient;
     void* address = nullptr;  ///< the value's
-    uint32_t mark = 0;        ///< the gradient's version when it was cleared
+    int64_t mark = 0;         ///< the gradient's version when it was cleared
   };
 
   const Segment& segment_of(size_t index) const { return segments_[places_[index].segment]; }

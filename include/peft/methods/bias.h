@@ -36,7 +36,7 @@ class BiasImpl : public Piece<BiasImpl, BiasOptions> {
   }
   void place() override { to(site().device); }
   bool substitutes() const override { return true; }
-  int64_t changed() const override { return bias.numel(); }
+  Changed changed() const override { return {0, bias.numel()}; }
 
   Tensor bias;
 };

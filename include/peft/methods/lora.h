@@ -98,6 +98,12 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   /// seed gives one start in both languages.
   void initialize(const LayerView&) override;
 
+  Changed changed() const override {
+    auto result = Piece::changed();
+    if (!options.enable().empty()) result.weight = lora_B.size(0) * lora_A.size(1);
+    if (lora_B_bias.defined()) result.bias = lora_B_bias.numel();
+    return result;
+  }
   bool scalable() const override { return true; }
   void set_scale(double factor) override { factor_ = factor; }
   /// s, with the adapter's `scale` in it.

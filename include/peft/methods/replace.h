@@ -40,7 +40,7 @@ class ReplaceImpl : public Piece<ReplaceImpl, ReplaceOptions> {
   }
   void place() override { to(site().device); }
   bool substitutes() const override { return true; }
-  int64_t changed() const override { return weight.numel() + (bias.defined() ? bias.numel() : 0); }
+  Changed changed() const override { return {weight.numel(), bias.defined() ? bias.numel() : 0}; }
 
   Tensor weight, bias;
 };

@@ -15,10 +15,10 @@ namespace peft {
 namespace internal {
 
 inline std::shared_ptr<Activation> activation_of(const std::vector<Node>& nodes, const char* verb) {
-  for (const auto& node : nodes) {
-    if (node.site) return node.site->activation();
-  }
-  TORCH_CHECK_VALUE(false, verb, ": this model has no sites, so no adapters");
+  const auto found =
+      std::find_if(nodes.begin(), nodes.end(), [](const Node& node) { return node.site != nullptr; });
+  TORCH_CHECK_VALUE(found != nodes.end(), verb, ": this model has no sites, so no adapters");
+  return found->site->activation();
 }
 
 inline void require_known(const ActiveSet& set, const std::string& name, const char* verb) {
@@ -61,7 +61,10 @@ inline void set_active(nn::Module& model, const std::vector<std::string>& names)
   auto set = *activation->get();
   internal::Problems problems;
   for (size_t i = 0; i < names.size(); ++i) {
-    internal::require_known(set, names[i], "set_active");
+    if (!set.knows(names[i])) {
+      problems.add("the model has no adapter '" + names[i] + "'" +
+                   (set.known.empty() ? "" : "; it has " + internal::closest(names[i], set.known, 20)));
+    }
     if (std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) !=
         names.begin() + static_cast<std::ptrdiff_t>(i)) {
       problems.add("'" + names[i] + "' is named twice");
@@ -184,10 +187,11 @@ template <class Model>
 std::shared_ptr<Model> clone(Model& model) {
   auto copy = std::dynamic_pointer_cast<Model>(model.clone());
   TORCH_CHECK(copy != nullptr, "clone: this model's clone() does not return its own type");
-  const auto from = model.named_parameters();
-  for (auto& item : copy->named_parameters()) {
-    if (const auto* source = from.find(item.key())) item.value().set_requires_grad(source->requires_grad());
-  }
+  const auto from = model.parameters();
+  auto into = copy->parameters();  // by position: a Sequential's clone() forgets the names of its modules
+  TORCH_CHECK(from.size() == into.size(), "clone: this model's clone() has ", into.size(),
+              " parameters, expected ", from.size());
+  for (size_t i = 0; i < from.size(); ++i) into[i].set_requires_grad(from[i].requires_grad());
   internal::walk(*copy);
   return copy;
 }

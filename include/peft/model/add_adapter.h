@@ -49,6 +49,7 @@ namespace internal {
 
 /// An adapter that has been checked and built but not attached: nothing of the model has changed yet.
 struct Plan {
+  nn::Module* model = nullptr;
   std::vector<Node> nodes;
   std::vector<Adapter::Entry> entries;
   /// Plain layers of a Sequential and what makes them sites; run for those that get a piece.
@@ -127,9 +128,11 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
     return sites;
   }
 
+  const auto complaints = problems.size();
   std::vector<std::string> unmatched = origin.names;
   const auto matches = [&](const std::string& path) {
     if (!origin.pattern.empty()) return std::regex_match(path, std::regex(origin.pattern));
+    bool found = false;
     for (const auto& name : origin.names) {
       if (!ends_in_name(path, name)) continue;
       if (path != name && !origin.layers.empty()) {
@@ -137,14 +140,15 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
         if (std::find(origin.layers.begin(), origin.layers.end(), layer) == origin.layers.end()) continue;
       }
       std::erase(unmatched, name);
-      return true;
+      found = true;
     }
-    return false;
+    return found;
   };
   bool any = false;
   for (auto& node : plan.nodes) {
-    if (!matches(node.path) || is_excluded(origin, node.path)) continue;
+    if (!matches(node.path)) continue;
     any = true;
+    if (is_excluded(origin, node.path)) continue;
     if (node.site || become_site(node, plan)) {
       const auto info = node.site->info();
       const auto why = info.offers_to(part.needs)
@@ -160,9 +164,9 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
       }
     }
     bool below = false;
-    for (const auto& inner : plan.nodes) {
-      if (inner.path.rfind(node.path + ".", 0) != 0 || !inner.site || is_excluded(origin, inner.path))
-        continue;
+    for (auto& inner : plan.nodes) {
+      if (inner.path.rfind(node.path + ".", 0) != 0 || is_excluded(origin, inner.path)) continue;
+      if (!inner.site && !become_site(inner, plan)) continue;
       if (!can(inner)) continue;
       take(inner.site);
       below = true;
@@ -181,7 +185,13 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
     problems.add("no module's path matches the expression '" + origin.pattern + "'");
   }
   for (const auto& name : unmatched) {
-    problems.add("no module matches target '" + name + "'; closest: " + closest(name, paths));
+    const bool elsewhere = std::any_of(plan.nodes.begin(), plan.nodes.end(),
+                                       [&](const Node& node) { return ends_in_name(node.path, name); });
+    problems.add(elsewhere ? "target '" + name + "' is in none of the layers asked for"
+                           : "no module matches target '" + name + "'; closest: " + closest(name, paths));
+  }
+  if (sites.empty() && problems.size() == complaints) {
+    problems.add("all that the target of '" + part.method + "' matches is excluded");
   }
   return sites;
 }
@@ -191,6 +201,7 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
 inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, const std::string& name,
                          bool extends) {
   Plan plan;
+  plan.model = &model;
   plan.nodes = walk(model);
   Problems problems;
   bool known = false, sited = false;
@@ -253,6 +264,10 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
     for (const auto* other : present) {
       if (other->method() == piece->method()) {
         problems.add("'" + path + "' would carry '" + piece->method() + "' twice in adapter '" + name + "'");
+      } else if (other->works_on_activations() && item.part->needs == Needs::weights &&
+                 !piece->substitutes()) {
+        problems.add("'" + path + "': '" + piece->method() + "' changes weights and cannot come after '" +
+                     other->method() + "' of the same adapter");
       } else if (other->substitutes() && piece->substitutes()) {
         problems.add("'" + path + "' would carry both '" + other->method() + "' and '" + piece->method() +
                      "' (hint: leave it out of one target with .exclude({…}))");
@@ -260,6 +275,7 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
     }
     if (item.part->needs == Needs::weights && !item.site->activation()->get()->active.empty()) {
       for (const auto& active : item.site->activation()->get()->active) {
+        if (active == name && piece->substitutes()) continue;  // lies under the adapter's other pieces
         for (const auto& attached : item.site->pieces(active)) {
           if (attached.piece->works_on_activations()) {
             problems.add("'" + path + "': '" + piece->method() + "' changes weights and cannot come after '" +
@@ -285,20 +301,27 @@ inline void commit(Plan& plan, const Adapter& adapter, bool trainable) {
     if (adapted(site)) swap();
   }
   const auto activation = common_activation(plan.nodes);
+  const auto freeze = [](const nn::Module& module) {
+    for (auto& parameter : module.parameters(/*recurse=*/false)) parameter.set_requires_grad(false);
+  };
+  freeze(*plan.model);
   for (const auto& node : plan.nodes) {
     if (node.site) node.site->share(activation);
-    for (const auto& parameter : node.module->parameters(/*recurse=*/false))
-      Tensor(parameter).set_requires_grad(false);
-    if (!node.site) continue;
-    for (const auto& item : node.site->base_parameters()) Tensor(item.value()).set_requires_grad(false);
+    freeze(*node.module);
   }
   for (auto& entry : plan.entries) {
     if (!trainable) {
       for (auto& parameter : entry.piece->parameters()) parameter.set_requires_grad(false);
     }
     entry.site->attach({entry.piece, entry.origin, adapter.shared_record()});
-    adapter.add(entry);
   }
+  std::vector<Adapter::Entry> entries;
+  for (const auto& node : plan.nodes) {
+    if (!node.site) continue;
+    for (const auto& attached : node.site->pieces(adapter.name()))
+      entries.push_back({node.site, attached.piece, attached.origin});
+  }
+  adapter.set_entries(std::move(entries));
   auto set = *activation->get();
   const auto append = [&](std::vector<std::string>& names) {
     if (std::find(names.begin(), names.end(), adapter.name()) == names.end()) names.push_back(adapter.name());

@@ -60,13 +60,13 @@ inline Summary summary(nn::Module& model) {
   };
   std::string tree;
   std::set<std::string> active;
+  for (const auto& parameter : model.parameters(/*recurse=*/false)) count(parameter);
   for (const auto& node : nodes) {
     for (const auto& parameter : node.module->parameters(/*recurse=*/false)) count(parameter);
     if (!node.site) continue;
-    for (const auto& item : node.site->base_parameters()) count(item.value());
     const auto set = node.site->activation()->get();
     active.insert(set->active.begin(), set->active.end());
-    int64_t changed = 0;
+    PieceImpl::Changed changed;
     for (const auto& name : node.site->adapters()) {
       const bool is_active = std::find(set->active.begin(), set->active.end(), name) != set->active.end();
       for (const auto& attached : node.site->pieces(name)) {
@@ -82,7 +82,10 @@ inline Summary summary(nn::Module& model) {
               2 * parameter.numel() * std::max<int64_t>(4, static_cast<int64_t>(parameter.element_size()));
         }
         result.trainable += trains;
-        if (is_active) changed = std::max(changed, attached.piece->changed());
+        if (is_active) {
+          const auto more = attached.piece->changed();
+          changed = {std::max(changed.weight, more.weight), std::max(changed.bias, more.bias)};
+        }
         std::string printed;
         tree += fmt::format(
             "  {:<52} {:<10} {:<12} {:>12}{}\n", node.path.empty() ? "(the model)" : node.path,
@@ -90,7 +93,7 @@ inline Summary summary(nn::Module& model) {
             trains ? (is_active ? "" : "  inactive") : (is_active ? "  frozen" : "  frozen, inactive"));
       }
     }
-    result.changed += changed;
+    result.changed += changed.weight + changed.bias;
   }
   const auto share = [&](int64_t part) {
     return result.total ? 100.0 * static_cast<double>(part) / static_cast<double>(result.total) : 0.0;

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <regex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -97,15 +98,16 @@ struct Node {
 };
 
 inline void walk_into(const std::shared_ptr<nn::Module>& parent, nn::Module& module, const std::string& path,
-                      std::vector<Node>& nodes) {
+                      std::vector<Node>& nodes, std::set<const nn::Module*>& seen) {
   const auto* site = dynamic_cast<const SiteImpl*>(&module);
   const auto adapters = site ? site->adapters() : std::vector<std::string>{};
   for (const auto& child : module.named_children()) {
     if (std::find(adapters.begin(), adapters.end(), child.key()) != adapters.end()) continue;
+    if (!seen.insert(child.value().get()).second) continue;
     const auto child_path = path.empty() ? child.key() : path + "." + child.key();
     nodes.push_back(
         {child_path, child.value(), std::dynamic_pointer_cast<SiteImpl>(child.value()), parent, child.key()});
-    walk_into(child.value(), *child.value(), child_path, nodes);
+    walk_into(child.value(), *child.value(), child_path, nodes, seen);
   }
 }
 
@@ -122,16 +124,17 @@ inline std::shared_ptr<Activation> common_activation(const std::vector<Node>& no
   return activation;
 }
 
-/// Every module of a model, parents before children, in the order of registration; adapters left out. Sites
-/// learn their paths, and come to share one activation and one record an adapter (a plain `clone` gives each
-/// its own).
+/// Every module of a model, each once, parents before children, in the order of registration; adapters left
+/// out. Sites learn their paths, and come to share one activation and one record an adapter (a plain `clone`
+/// gives each its own).
 inline std::vector<Node> walk(nn::Module& model) {
   std::vector<Node> nodes;
   if (auto* self = dynamic_cast<SiteImpl*>(&model)) {
     auto shared = std::dynamic_pointer_cast<SiteImpl>(self->shared_from_this());
     nodes.push_back({"", shared, shared, nullptr, ""});
   }
-  walk_into(model.weak_from_this().lock(), model, "", nodes);
+  std::set<const nn::Module*> seen;
+  walk_into(model.weak_from_this().lock(), model, "", nodes, seen);
   std::map<std::string, std::shared_ptr<AdapterRecord>> records;
   for (const auto& node : nodes) {
     if (!node.site) continue;

@@ -1,0 +1,211 @@
+// PEFT directories: adapters on disk as Hugging Face PEFT writes and reads them.
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/adapter.h"
+#include "peft/io/atomic_file.h"
+#include "peft/io/peft_config.h"
+#include "peft/io/peft_config_reader.h"
+#include "peft/io/peft_export.h"
+#include "peft/io/peft_targets.h"
+#include "peft/io/peft_tensors.h"
+#include "peft/io/safetensors.h"
+#include "peft/model/active.h"
+#include "peft/model/add_adapter.h"
+
+namespace peft {
+
+/// Writes an adapter into a folder of Hugging Face PEFT's format: `adapter_config.json` and
+/// `adapter_model.safetensors`, which Python's `PeftModel.from_pretrained` loads. A folder that is not there
+/// appears complete or not at all; in one that is, the two files are replaced and others are left alone.
+///
+/// An adapter that Python PEFT has no words for (a head, biases, or layers alone; biases of some layers) is
+/// written with the `peft_type` "REPLACE" or "BIAS", which only this library reads.
+///
+/// Returns what a user should be told, a line each: that Python cannot read it and why, what it is written
+/// as. Throws: c10::ValueError for an adapter that has no form on disk; c10::Error where a file cannot be
+/// written. Example:
+/// ```
+/// for (const auto& line : peft::save_adapter(adapter, "out")) std::cerr << line << '\n';
+/// ```
+inline std::vector<std::string> save_adapter(const Adapter& adapter, const std::filesystem::path& directory) {
+  std::vector<std::string> notes;
+  const auto config = internal::exported_config(adapter, notes);
+  std::vector<std::pair<std::string, Tensor>> tensors;
+  for (const auto& [key, tensor] : internal::keyed_tensors(adapter.entries())) {
+    tensors.emplace_back(std::string(internal::model_prefix) + key, tensor);
+  }
+  const auto write = [&](const std::filesystem::path& folder) {
+    AtomicFile text(folder / internal::config_file_name);
+    text.write(internal::config_text(config));
+    save_safetensors(folder / internal::tensor_file_name, tensors);
+    text.commit();
+  };
+  std::error_code ignored;
+  if (std::filesystem::exists(directory, ignored)) {
+    write(directory);
+  } else {
+    StagedDirectory staged(directory);
+    write(staged.path());
+    staged.commit();
+  }
+  return notes;
+}
+
+/// Writes every adapter of a model as Hugging Face PEFT does: "default" into the folder itself, each other
+/// one into a folder of its name below. Returns and throws what `save_adapter` does.
+inline std::vector<std::string> save_adapters(nn::Module& model, const std::filesystem::path& directory) {
+  const auto known = internal::activation_of(internal::walk(model), "save_adapters")->get()->known;
+  TORCH_CHECK_VALUE(!known.empty(), "save_adapters: the model has no adapters");
+  std::vector<std::string> notes;
+  for (const auto& name : known) {
+    const auto folder = name == "default" ? directory : directory / name;
+    for (const auto& line : save_adapter(adapter(model, name), folder))
+      notes.push_back("'" + name + "': " + line);
+  }
+  return notes;
+}
+
+namespace internal {
+
+/// The folder an adapter is read from.
+inline std::filesystem::path adapter_folder(const std::filesystem::path& directory, const std::string& name) {
+  std::error_code ignored;
+  StagedDirectory::recover(directory);
+  if (std::filesystem::is_regular_file(directory / config_file_name, ignored)) return directory;
+  if (!name.empty() && std::filesystem::is_regular_file(directory / name / config_file_name, ignored)) {
+    return directory / name;
+  }
+  TORCH_CHECK(std::filesystem::is_directory(directory, ignored), "load_adapter: '", directory.string(),
+              "' must be an adapter's folder, but there is none");
+  TORCH_CHECK(false, "load_adapter: '", (directory / config_file_name).string(), "' is missing, and so is '",
+              (directory / name / config_file_name).string(), "'");
+}
+
+/// Adds the problems an error of `add_adapter` lists.
+inline void add_lines(Problems& problems, const c10::Error& error) {
+  std::string text = error.what_without_backtrace();
+  const auto first = text.find("\n  ");
+  if (first == std::string::npos) return problems.add(text.substr(text.find(": ") + 2));
+  for (auto at = first; at != std::string::npos;) {
+    const auto next = text.find("\n  ", at + 3);
+    problems.add(text.substr(at + 3, next == std::string::npos ? next : next - at - 3));
+    at = next;
+  }
+}
+
+/// Adds one list of problems to another. Returns false if there were any.
+inline bool absorb(Problems& problems, const Problems& more) {
+  try {
+    more.raise("more");
+  } catch (const c10::Error& error) {
+    add_lines(problems, error);
+  }
+  return more.empty();
+}
+
+/// Where each kind of piece came from, so that a loaded adapter is written as it was.
+inline std::shared_ptr<const Origin> origin_of(const PeftConfig& config, const PieceImpl& piece) {
+  Origin origin;
+  if (dynamic_cast<const LoraImpl*>(&piece)) {
+    if (!config.exclude_pattern.empty()) return std::make_shared<Origin>(origin);
+    origin = {config.target_names, config.target_pattern, config.exclude_names, config.layers,
+              config.layers_pattern};
+  } else if (dynamic_cast<const ReplaceImpl*>(&piece)) {
+    origin.names = config.modules_to_save;
+  } else if (config.bias == BiasMode::all) {
+    origin.pattern = every_path;
+    origin.exclude = config.modules_to_save;
+  }
+  return std::make_shared<Origin>(std::move(origin));
+}
+
+inline void print_note(const std::string& line) { std::cerr << line + "\n"; }
+
+}  // namespace internal
+
+/// Reads an adapter from a folder written by `save_adapter` or by Python PEFT (LoRA) and puts it on the model
+/// under a name of its own: frozen, unless it is to train on. Reads `directory`, or `directory/name` if there
+/// is no config in `directory`; `adapter_model.bin` where there is no safetensors file. Half types are
+/// widened to float32. Draws nothing.
+///
+/// `note` takes what a user should know, a line each: unknown keys of the config, values that are not finite.
+///
+/// Throws: c10::Error listing all problems, the model unchanged: tensors that are missing, not expected, of
+/// another shape or not of a floating type; values of the config out of range; features this library does not
+/// have; what `add_adapter` throws. Example:
+/// ```
+/// auto adapter = peft::load_adapter(*model, "out", "topics");
+/// ```
+inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& directory,
+                            const std::string& name = "default", bool trainable = false,
+                            const std::function<void(const std::string&)>& note = internal::print_note) {
+  using namespace internal;
+  const auto folder = adapter_folder(directory, name);
+  const auto title = "load_adapter: '" + folder.string() + "'";
+  Problems problems;
+  auto config = PeftConfigReader(folder / config_file_name, problems, note).read();
+  AdapterTensors file(folder, {name, "default"}, problems);
+  const auto record = make_record(model, name);
+  const ModuleFinder finder(model);
+  if (config.usable && config.peft_type == "LORA" && !config.has_targets) {
+    config.target_names = default_lora_targets(record->model.model_type);
+    if (config.target_names.empty()) {
+      problems.add(std::string(config_file_name) +
+                   ": 'target_modules' must be given for a base of this kind (model_type '" +
+                   record->model.model_type + "'), but got none");
+    }
+  }
+  if (!config.usable || (config.has_lora() && !config.all_linear && config.target_names.empty() &&
+                         config.target_pattern.empty())) {
+    problems.raise(title);
+  }
+
+  Problems misfits;
+  const auto lora = config.has_lora() ? finder.lora_sites(config, misfits, note) : std::vector<std::string>{};
+  const auto saved = finder.saved_sites(config, misfits);
+  const auto biases = finder.bias_sites(config, lora, saved, misfits);
+  const bool fits = absorb(problems, misfits);
+  std::vector<Part> parts;
+  if (!lora.empty()) parts.push_back(on(config.lora, finder.at(lora)));
+  if (!saved.empty()) parts.push_back(on(ReplaceOptions(), finder.at(saved)));
+  if (!biases.empty()) parts.push_back(on(BiasOptions(), finder.at(biases)));
+  if (parts.empty()) problems.raise(title);
+  Plan plan;
+  try {
+    plan = plan_adapter(model, parts, name, /*extends=*/false);
+  } catch (const c10::Error& error) {
+    add_lines(problems, error);
+    problems.raise(title);
+  }
+  std::map<std::string, Tensor> repeated;
+  for (auto& entry : plan.entries) {
+    entry.piece->place();
+    entry.origin = origin_of(config, *entry.piece);
+    if (std::dynamic_pointer_cast<LoraImpl>(entry.piece)) {
+      repeated.emplace(entry.site->path() + ".base_layer.weight", entry.site->base_weights().weight);
+    }
+  }
+  const auto tensors = keyed_tensors(plan.entries);
+  if (fits && file.readable()) file.check(tensors, repeated);
+  problems.raise(title);
+
+  file.copy_into(tensors);
+  for (const auto& key : file.not_finite()) note(file.file() + ": '" + key + "' holds NaN or infinity");
+  if (!config.task_type.empty()) record->model.task_type = config.task_type;
+  if (!config.base_model.empty()) record->model.name_or_path = config.base_model;
+  const Adapter adapter(record);
+  commit(plan, adapter, trainable);
+  return adapter;
+}
+
+}  // namespace peft

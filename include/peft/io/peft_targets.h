@@ -1,0 +1,224 @@
+// PEFT targets: which modules of a model an adapter_config.json means, as Hugging Face PEFT finds them.
+#pragma once
+
+#include <torch/nn/modules/linear.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <regex>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/problems.h"
+#include "peft/io/peft_config_reader.h"
+#include "peft/methods/bias.h"
+#include "peft/methods/replace.h"
+#include "peft/model/add_adapter.h"
+#include "peft/model/targets.h"
+
+namespace peft::internal {
+
+/// The targets of a LoRA whose config names none, by the base's `model_type`; empty where the reference has
+/// none.
+inline std::vector<std::string> default_lora_targets(const std::string& model_type) {
+  struct Row {
+    std::vector<const char*> types;
+    std::vector<std::string> targets;
+  };
+  static const std::vector<Row> table{
+      {{"t5", "mt5"}, {"q", "v"}},
+      {{"bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma",
+        "gemma2", "gemma3_text", "qwen2", "qwen3"},
+       {"q_proj", "v_proj"}},
+      {{"gpt2", "gpt_bigcode"}, {"c_attn"}},
+      {{"bloom", "gpt_neox", "falcon", "chatglm"}, {"query_key_value"}},
+      {{"bert", "roberta", "xlm-roberta", "electra", "layoutlm"}, {"query", "value"}},
+      {{"deberta-v2"}, {"query_proj", "value_proj"}},
+      {{"deberta"}, {"in_proj"}},
+      {{"mpt"}, {"Wqkv"}},
+      {{"codegen"}, {"qkv_proj"}},
+      {{"phi"}, {"q_proj", "v_proj", "fc1", "fc2"}},
+      {{"btlm"}, {"c_proj", "c_attn"}},
+      {{"nemotron_h"}, {"q_proj", "k_proj", "v_proj", "o_proj"}},
+      {{"blip-2"}, {"q", "v", "q_proj", "v_proj"}},
+      {{"rwkv"}, {"key", "value", "receptance", "output"}},
+      {{"rwkv7"}, {"r_proj", "k_proj", "v_proj", "o_proj", "key", "value"}},
+  };
+  for (const auto& row : table) {
+    if (std::find(row.types.begin(), row.types.end(), model_type) != row.types.end()) return row.targets;
+  }
+  return {};
+}
+
+/// The modules of a model, with the sites that plain layers of a Sequential would become.
+class ModuleFinder {
+ public:
+  explicit ModuleFinder(nn::Module& model) : nodes_(walk(model)) {
+    Plan never_committed;
+    for (auto& node : nodes_) {
+      if (!node.site) become_site(node, never_committed);
+      paths_.push_back(node.path);
+      const auto dot = node.path.rfind('.');
+      if (dot != std::string::npos) paths_.push_back(node.path.substr(dot + 1));
+    }
+  }
+
+  const std::vector<Node>& nodes() const { return nodes_; }
+
+  /// Where the config puts a LoRA. What does not fit is added to `problems`.
+  std::vector<std::string> lora_sites(const PeftConfig& config, Problems& problems,
+                                      const PeftConfigReader::Note& note) const {
+    const auto part = on(config.lora, all());
+    std::vector<std::string> sites;
+    std::set<std::string> unmatched(config.target_names.begin(), config.target_names.end());
+    bool any = false;
+    for (const auto& node : nodes_) {
+      const bool matched = selects(config, node, unmatched);
+      any = any || matched;
+      if (!matched || is_left_out(config, node.path)) continue;
+      const auto info = node.site ? node.site->info() : SiteInfo();
+      if (!node.site || !info.offers_to(Needs::weights)) {
+        problems.add(std::string(config_file_name) + ": 'target_modules' means '" + node.path +
+                     "', which is a " + (node.site ? info.layer : plain_name(node)) + " and takes no LoRA" +
+                     hint(node));
+      } else if (const auto why = part.refusal(info); !why.empty()) {
+        problems.add("'" + node.path + "' cannot take the LoRA: " + why);
+      } else {
+        sites.push_back(node.path);
+      }
+    }
+    for (const auto& name : unmatched) {
+      if (any) note(std::string(config_file_name) + ": 'target_modules': no module matches '" + name + "'");
+    }
+    if (!any) {
+      const auto wanted = config.target_names.empty() ? config.target_pattern : config.target_names.front();
+      problems.add(std::string(config_file_name) +
+                   ": 'target_modules' matches no module of this model; expected one " + "like " +
+                   closest(wanted, paths_) + ", but got '" + wanted + "'");
+    }
+    return sites;
+  }
+
+  /// Where the adapter keeps whole layers of its own (`modules_to_save`).
+  std::vector<std::string> saved_sites(const PeftConfig& config, Problems& problems) const {
+    std::vector<std::string> sites;
+    for (const auto& node : nodes_) {
+      const auto bears = [&](const std::string& name) {
+        return config.is_own() ? node.path == name : node.path.ends_with(name);
+      };
+      if (!std::any_of(config.modules_to_save.begin(), config.modules_to_save.end(), bears)) continue;
+      for (const auto& inner : nodes_) {
+        if (inner.path != node.path && inner.path.rfind(node.path + ".", 0) != 0) continue;
+        const bool weighs = inner.site && inner.site->info().offers_to(Needs::weights);
+        if (weighs && std::find(sites.begin(), sites.end(), inner.path) == sites.end())
+          sites.push_back(inner.path);
+        if (!inner.site && !inner.module->parameters(/*recurse=*/false).empty()) {
+          problems.add(std::string(config_file_name) + ": 'modules_to_save' means '" + inner.path +
+                       "', which is a " + plain_name(inner) + hint(inner));
+        }
+      }
+    }
+    for (const auto& name : config.modules_to_save) {
+      if (config.is_own() && std::find(sites.begin(), sites.end(), name) == sites.end()) {
+        problems.add(std::string(config_file_name) + ": 'modules_to_save' names '" + name +
+                     "', which this model does not have; closest: " + closest(name, paths_));
+      }
+    }
+    return sites;
+  }
+
+  /// Where the adapter has biases of its own.
+  std::vector<std::string> bias_sites(const PeftConfig& config, const std::vector<std::string>& lora,
+                                      const std::vector<std::string>& saved, Problems& problems) const {
+    const auto has = [](const std::vector<std::string>& list, const std::string& path) {
+      return std::find(list.begin(), list.end(), path) != list.end();
+    };
+    const auto& named = config.bias_modules;
+    const bool everywhere = config.bias == BiasMode::all;
+    std::vector<std::string> sites;
+    for (const auto& node : nodes_) {
+      if (config.is_own() ? !has(named, node.path) : !everywhere && !has(lora, node.path)) continue;
+      if (!config.is_own() && config.bias == BiasMode::none) continue;
+      if (has(saved, node.path)) continue;
+      if (node.site && node.site->info().has_bias()) {
+        sites.push_back(node.path);
+      } else if (everywhere && !node.site &&
+                 node.module->named_parameters(/*recurse=*/false).contains("bias")) {
+        problems.add(std::string(config_file_name) + ": 'bias' \"all\" means '" + node.path +
+                     "', which is a " + plain_name(node) + hint(node));
+      }
+    }
+    for (const auto& name : named) {
+      if (!has(sites, name)) {
+        problems.add(std::string(config_file_name) + ": 'bias_modules' names '" + name +
+                     "', where this model has no bias; closest: " + closest(name, paths_));
+      }
+    }
+    return sites;
+  }
+
+  /// A target that is exactly these sites.
+  Target at(const std::vector<std::string>& paths) const {
+    const std::set<std::string> wanted(paths.begin(), paths.end());
+    const bool by_name = std::none_of(nodes_.begin(), nodes_.end(), [&](const Node& node) {
+      if (wanted.count(node.path)) return false;
+      for (auto dot = node.path.find('.'); dot != std::string::npos; dot = node.path.find('.', dot + 1)) {
+        if (wanted.count(node.path.substr(dot + 1))) return true;
+      }
+      return false;
+    });
+    if (by_name) return named(paths);
+    return where([wanted](const SiteInfo& site) { return wanted.count(site.path) > 0; });
+  }
+
+ private:
+  /// Hugging Face's `check_target_module_exists`, without what it leaves out.
+  bool selects(const PeftConfig& config, const Node& node, std::set<std::string>& unmatched) const {
+    const auto& path = node.path;
+    if (path.empty()) return false;
+    if (config.all_linear) {
+      const bool linear = node.site ? node.site->info().layer == "Linear"
+                                    : std::dynamic_pointer_cast<nn::LinearImpl>(node.module) != nullptr;
+      const bool head =
+          path == "lm_head" || (config.task_type == "SEQ_CLS" && (path == "classifier" || path == "score"));
+      return linear && !head;
+    }
+    if (!config.target_pattern.empty()) return std::regex_match(path, std::regex(config.target_pattern));
+    bool found = false;
+    for (const auto& name : config.target_names) {
+      if (config.is_own() ? path != name : !ends_in_name(path, name)) continue;
+      unmatched.erase(name);
+      if (path != name && !config.layers.empty()) {
+        const auto layer = layer_index(path, config.layers_pattern);
+        if (std::find(config.layers.begin(), config.layers.end(), layer) == config.layers.end()) continue;
+      }
+      found = true;
+    }
+    return found;
+  }
+
+  bool is_left_out(const PeftConfig& config, const std::string& path) const {
+    const auto bears = [&](const std::string& name) { return ends_in_name(path, name); };
+    if (std::any_of(config.exclude_names.begin(), config.exclude_names.end(), bears)) return true;
+    if (!config.exclude_pattern.empty() && std::regex_match(path, std::regex(config.exclude_pattern)))
+      return true;
+    return !config.is_own() && lies_under(path, config.modules_to_save);
+  }
+
+  static std::string plain_name(const Node& node) {
+    const auto name = node.module->name();
+    return node.module->children().empty() ? "plain " + name : name;
+  }
+  static std::string hint(const Node& node) {
+    if (node.site || !node.module->children().empty()) return "";
+    return " (hint: declare it as peft::Linear, peft::Embedding, … in its parent)";
+  }
+
+  std::vector<Node> nodes_;
+  std::vector<std::string> paths_;
+};
+
+}  // namespace peft::internal
