@@ -1,6 +1,6 @@
 """Compares training by peft-finetune with Python PEFT and torch's AdamW, live, step by step.
 
-    python tests/reference/compare_training.py [--program build/examples/peft-finetune] [--encoder DIR] [--seed N]
+    python tests/reference/compare_training.py [--program build/examples/peft-finetune] [--encoder DIR] [--only NAME] [--seed N]
 
 --program is by default the environment's PEFT_FINETUNE, --encoder PEFT_ENCODER or PEFT_MINILM, --seed random. From the
 same initial adapter and over the same 50 batches (`--inputs`, `--schedule constant --clip 0`): the losses must agree
@@ -19,6 +19,10 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
+
+# Threads that wait in a loop take the time of those that compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     import peft
@@ -31,6 +35,7 @@ except ImportError as error:
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore")
 
 STEPS, LABELS, RATE, DECAY = 50, 3, 2e-3, 0.01
 LOSS_TOLERANCE, ADAPTER_TOLERANCE, OUTPUT_TOLERANCE = 1e-4, 1e-4, 1e-5
@@ -257,6 +262,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", default=os.environ.get("PEFT_FINETUNE"))
     parser.add_argument("--encoder", default=os.environ.get("PEFT_ENCODER") or os.environ.get("PEFT_MINILM"))
+    parser.add_argument("--only", default="", help="the cases whose name holds this")
     parser.add_argument("--seed", type=int, default=random.randrange(10**9))
     arguments = parser.parse_args()
     if not arguments.program:
@@ -290,7 +296,10 @@ def main():
                        for method in ["head", "bitfit", "full"]}
             methods |= {method: (lambda c, s=settings: c.lora(folder, batches, s, pooled))
                         for method, settings in loras.items()}
+            torch.set_num_threads(2 if "encoder" in name else 1)
             for method, compare in methods.items():
+                if arguments.only not in f"{name}: {method}":
+                    continue
                 comparison = Comparison(arguments.program, tempfile.mkdtemp(dir=scratch))
                 cases += 1
                 try:

@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "peft/core/problems.h"
+#include "peft/io/config_json.h"
 #include "peft/io/peft_config.h"
 #include "peft/io/python_regex.h"
-#include "peft/models/config_json.h"
 
 namespace peft::internal {
 

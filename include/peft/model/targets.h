@@ -76,7 +76,9 @@ inline Target matching(std::string pattern) {
 inline Target where(Target::Predicate predicate) { return Target(Origin{}, std::move(predicate)); }
 /// Every site that can take the method.
 inline Target all() {
-  return where([](const SiteInfo&) { return true; });
+  Origin origin;
+  origin.pattern = ".*";
+  return Target(std::move(origin), [](const SiteInfo&) { return true; });
 }
 
 namespace internal {

@@ -1,7 +1,7 @@
 // BertConfig: a BERT's settings, from C++ or from config.json.
 #pragma once
 
-#include "peft/models/config_json.h"
+#include "peft/io/config_json.h"
 #include "peft/models/encoder.h"
 
 #include <torch/arg.h>

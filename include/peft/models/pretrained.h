@@ -4,8 +4,8 @@
 #include "peft/core/compat.h"
 #include "peft/core/problems.h"
 #include "peft/core/site.h"
+#include "peft/io/config_json.h"
 #include "peft/io/safetensors.h"
-#include "peft/models/config_json.h"
 
 #include <torch/arg.h>
 

@@ -3,8 +3,8 @@
 
 #include "peft/core/compat.h"
 #include "peft/io/atomic_file.h"
+#include "peft/io/config_json.h"
 #include "peft/io/safetensors.h"
-#include "peft/models/config_json.h"
 #include "peft/models/pretrained.h"
 
 #include <torch/arg.h>
