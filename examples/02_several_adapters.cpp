@@ -6,7 +6,9 @@
 
 namespace {
 
-double difference(const torch::Tensor& a, const torch::Tensor& b) { return (a - b).abs().max().item<double>(); }
+double difference(const torch::Tensor& a, const torch::Tensor& b) {
+  return (a - b).abs().max().item<double>();
+}
 
 }  // namespace
 
@@ -17,7 +19,8 @@ int main() {
   const auto plain = model->forward(x);
 
   // Layers of a Sequential become sites by themselves; members of your own classes are declared peft::Linear.
-  const auto options = peft::LoraOptions(2).init(peft::LoraInit::random);  // a random start, so that we see something
+  const auto options =
+      peft::LoraOptions(2).init(peft::LoraInit::random);  // a random start, so that we see something
   peft::add_adapter(*model, options, peft::all(), "german");
   peft::add_adapter(*model, options, peft::named({"2"}), "french");
   model->eval();

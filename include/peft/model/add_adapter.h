@@ -180,7 +180,9 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
   std::vector<std::string> paths;
   for (const auto& node : plan.nodes) {
     paths.push_back(node.path);
-    if (node.path.find('.') != std::string::npos) paths.push_back(node.path.substr(node.path.rfind('.') + 1));
+    const auto last = node.path.substr(node.path.rfind('.') + 1);
+    const bool is_index = last.find_first_not_of("0123456789") == std::string::npos;
+    if (last != node.path && !is_index) paths.push_back(last);
   }
   if (!origin.pattern.empty() && !any) {
     problems.add("no module's path matches the expression '" + origin.pattern + "'");

@@ -1,0 +1,371 @@
+// Batches: what a model is trained and tried on, from labelled texts or from a file of ready tensors.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/problems.h"
+#include "peft/io/safetensors.h"
+#include "peft/models/bert.h"
+#include "task.h"
+#include "text/dataset.h"
+#include "text/wordpiece.h"
+
+namespace finetune {
+
+/// Inputs, labels where there are any, and the head's features where they were computed before.
+struct Batch {
+  peft::models::BertInputs inputs;
+  Tensor labels;
+  Tensor features;
+};
+
+/// A text as ids, with its class (−1 without one).
+struct Example {
+  text::Encoding encoding;
+  int64_t label = -1;
+};
+
+namespace internal {
+
+/// Examples as tensors, filled up to the longest.
+inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
+  size_t longest = 0;
+  bool types = false, labels = true;
+  for (const auto* row : rows) {
+    longest = std::max(longest, row->encoding.ids.size());
+    types = types || std::any_of(row->encoding.type_ids.begin(), row->encoding.type_ids.end(),
+                                 [](int64_t type) { return type != 0; });
+    labels = labels && row->label >= 0;
+  }
+  const std::vector<int64_t> shape{static_cast<int64_t>(rows.size()), static_cast<int64_t>(longest)};
+  Batch batch;
+  batch.inputs.input_ids = torch::full(shape, pad_id, torch::kLong);
+  batch.inputs.attention_mask = torch::zeros(shape, torch::kLong);
+  if (types) batch.inputs.token_type_ids = torch::zeros(shape, torch::kLong);
+  if (labels) batch.labels = torch::empty({shape[0]}, torch::kLong);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto& encoding = rows[i]->encoding;
+    const auto at = i * longest;
+    std::copy(encoding.ids.begin(), encoding.ids.end(), batch.inputs.input_ids.data_ptr<int64_t>() + at);
+    std::fill_n(batch.inputs.attention_mask.data_ptr<int64_t>() + at, encoding.ids.size(), 1);
+    if (types) {
+      std::copy(encoding.type_ids.begin(), encoding.type_ids.end(),
+                batch.inputs.token_type_ids.data_ptr<int64_t>() + at);
+    }
+    if (labels) batch.labels.data_ptr<int64_t>()[i] = rows[i]->label;
+  }
+  return batch;
+}
+
+inline Batch to(Batch batch, torch::Device device) {
+  if (device.is_cpu()) return batch;
+  for (auto* tensor : {&batch.inputs.input_ids, &batch.inputs.inputs_embeds, &batch.inputs.attention_mask,
+                       &batch.inputs.token_type_ids, &batch.inputs.position_ids, &batch.labels}) {
+    if (tensor->defined()) *tensor = tensor->to(device);
+  }
+  return batch;
+}
+
+}  // namespace internal
+
+/// Batches in an order that depends on nothing but the epoch.
+class Batches {
+ public:
+  virtual ~Batches() = default;
+  /// Batches in an epoch.
+  virtual int64_t count() const = 0;
+  virtual int64_t rows() const = 0;
+  virtual Batch get(int64_t epoch, int64_t index) = 0;
+  /// A number that is another when the data is.
+  virtual uint64_t hash() const = 0;
+  /// Computes the head's features of every row once; `get` then gives those and no inputs.
+  virtual void cache_features(Task& task) = 0;
+};
+
+/// Labelled texts.
+class TextBatches final : public Batches {
+ public:
+  /// How an epoch is ordered and cut.
+  struct Options {
+    int64_t batch_size = 32;
+    bool shuffle = true;
+    uint64_t seed = 0;
+    bool by_length = false;  ///< shortest first, in place of an order of the epoch: for evaluation
+  };
+
+  TextBatches(std::vector<Example> examples, std::vector<uint64_t> hashes, int64_t pad_id, Options options)
+      : examples_(std::move(examples)), hashes_(std::move(hashes)), pad_id_(pad_id), options_(options) {}
+
+  int64_t count() const override { return (rows() + options_.batch_size - 1) / options_.batch_size; }
+  int64_t rows() const override { return static_cast<int64_t>(examples_.size()); }
+
+  Batch get(int64_t epoch, int64_t index) override {
+    if (epoch != epoch_) order_ = order(epoch);
+    epoch_ = epoch;
+    const auto begin = static_cast<size_t>(index * options_.batch_size);
+    const auto end = std::min(order_.size(), begin + static_cast<size_t>(options_.batch_size));
+    if (features_.defined()) {
+      std::vector<int64_t> rows(order_.begin() + static_cast<std::ptrdiff_t>(begin),
+                                order_.begin() + static_cast<std::ptrdiff_t>(end));
+      const auto chosen = torch::tensor(rows, torch::kLong);
+      Batch batch;
+      batch.features = features_.index_select(0, chosen.to(features_.device()));
+      batch.labels = labels_.index_select(0, chosen.to(labels_.device()));
+      return batch;
+    }
+    std::vector<const Example*> rows;
+    for (size_t i = begin; i < end; ++i) rows.push_back(&examples_[order_[i]]);
+    return internal::pad(rows, pad_id_);
+  }
+
+  uint64_t hash() const override {
+    uint64_t sum = examples_.size();
+    for (size_t i = 0; i < examples_.size(); ++i) {
+      sum = text::mix(sum ^ hashes_[i]) + static_cast<uint64_t>(examples_[i].label);
+    }
+    return sum;
+  }
+
+  void cache_features(Task& task) override {
+    const auto order = by_length();
+    constexpr size_t at_once = 64;
+    const torch::NoGradGuard no_grad;
+    std::vector<int64_t> labels;
+    for (const auto& example : examples_) labels.push_back(example.label);
+    Tensor all;
+    for (size_t begin = 0; begin < order.size(); begin += at_once) {
+      std::vector<const Example*> rows;
+      std::vector<int64_t> where;
+      for (size_t i = begin; i < std::min(order.size(), begin + at_once); ++i) {
+        rows.push_back(&examples_[order[i]]);
+        where.push_back(static_cast<int64_t>(order[i]));
+      }
+      const auto batch = internal::to(internal::pad(rows, pad_id_), task.device());
+      const auto features = task.features(task.encode(batch.inputs), batch.inputs);
+      if (!all.defined()) all = torch::empty({this->rows(), features.size(1)}, features.options());
+      all.index_copy_(0, torch::tensor(where, torch::kLong).to(features.device()), features);
+    }
+    features_ = all;
+    labels_ = torch::tensor(labels, torch::kLong).to(task.device());
+  }
+
+ private:
+  std::vector<size_t> by_length() const {
+    std::vector<size_t> order(examples_.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+      return examples_[a].encoding.ids.size() < examples_[b].encoding.ids.size();
+    });
+    return order;
+  }
+
+  std::vector<size_t> order(int64_t epoch) const {
+    if (options_.by_length) return by_length();
+    if (options_.shuffle) return text::epoch_order(hashes_, options_.seed, static_cast<uint64_t>(epoch));
+    std::vector<size_t> order(examples_.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    return order;
+  }
+
+  std::vector<Example> examples_;
+  std::vector<uint64_t> hashes_;
+  int64_t pad_id_;
+  Options options_;
+  int64_t epoch_ = -1;
+  std::vector<size_t> order_;
+  Tensor features_, labels_;
+};
+
+/// Ready batches from a safetensors file: `b0.input_ids`, `b0.attention_mask`, `b0.labels` …, `b1.…` and so
+/// on, or names without a number for a single one.
+class FileBatches final : public Batches {
+ public:
+  /// Throws: std::runtime_error naming the file and every tensor that is not expected or missing.
+  explicit FileBatches(const fs::path& path, bool needs_labels) {
+    const peft::SafetensorsFile file(path);
+    peft::internal::Problems problems;
+    std::map<int64_t, std::map<std::string, Tensor>> found;
+    for (const auto& name : file.names()) {
+      const auto [number, field] = cut(name);
+      if (std::find(fields().begin(), fields().end(), field) == fields().end()) {
+        problems.add(fmt::format("'{}' is not expected; nearest: {}", name,
+                                 peft::internal::closest(field, fields(), 1)));
+        continue;
+      }
+      auto tensor = file.tensor(name);
+      if (field != "labels" && field != "inputs_embeds") {
+        if (torch::isFloatingType(tensor.scalar_type())) {
+          problems.add(fmt::format("'{}' must hold integers, but holds {}", name,
+                                   c10::toString(tensor.scalar_type())));
+        } else {
+          tensor = tensor.to(torch::kLong);
+        }
+      }
+      if (number < 0) bare_ = true;
+      if (!found[std::max<int64_t>(number, 0)].emplace(field, tensor).second) {
+        problems.add(fmt::format("'{}' and '{}' are the same", name, field));
+      }
+    }
+    for (const auto& [number, tensors] : found) {
+      const auto prefix = bare_ ? std::string() : fmt::format("b{}.", number);
+      if (number != static_cast<int64_t>(batches_.size())) {
+        problems.add(
+            fmt::format("batch b{} is missing: the batches must be numbered from 0", batches_.size()));
+        break;
+      }
+      const auto get = [&tensors = tensors](const char* field) {
+        const auto at = tensors.find(field);
+        return at == tensors.end() ? Tensor() : at->second;
+      };
+      Batch batch;
+      batch.inputs.input_ids = get("input_ids");
+      batch.inputs.inputs_embeds = get("inputs_embeds");
+      batch.inputs.attention_mask = get("attention_mask");
+      batch.inputs.token_type_ids = get("token_type_ids");
+      batch.inputs.position_ids = get("position_ids");
+      batch.labels = get("labels");
+      if (!batch.inputs.input_ids.defined() && !batch.inputs.inputs_embeds.defined()) {
+        problems.add(fmt::format("'{}input_ids' is missing", prefix));
+      }
+      if (needs_labels && !batch.labels.defined()) problems.add(fmt::format("'{}labels' is missing", prefix));
+      const auto& tokens =
+          batch.inputs.input_ids.defined() ? batch.inputs.input_ids : batch.inputs.inputs_embeds;
+      if (tokens.defined()) rows_ += tokens.dim() > 0 ? tokens.size(0) : 0;
+      batches_.push_back(std::move(batch));
+    }
+    if (found.empty() && problems.empty()) problems.add("it has no tensors");
+    problems.raise(fmt::format("'{}' cannot be used as --inputs", path.string()));
+  }
+
+  int64_t count() const override { return static_cast<int64_t>(batches_.size()); }
+  int64_t rows() const override { return rows_; }
+  Batch get(int64_t, int64_t index) override { return batches_.at(static_cast<size_t>(index)); }
+  /// What stands before a batch's names, in the file and in what is written of it.
+  std::string prefix(int64_t index) const { return bare_ ? "" : fmt::format("b{}.", index); }
+
+  /// The number of classes the labels ask for at least; 0 where they are no classes.
+  int64_t classes() const {
+    int64_t most = 0;
+    for (const auto& batch : batches_) {
+      if (!batch.labels.defined() || batch.labels.numel() == 0) continue;
+      if (torch::isFloatingType(batch.labels.scalar_type())) return 0;
+      most = std::max(most, batch.labels.max().item<int64_t>() + 1);
+    }
+    return most;
+  }
+  /// Throws: std::runtime_error naming the batch with a label that is none of the classes.
+  void check_labels(int64_t classes) const {
+    for (size_t i = 0; i < batches_.size(); ++i) {
+      const auto& labels = batches_[i].labels;
+      if (!labels.defined() || labels.numel() == 0 || torch::isFloatingType(labels.scalar_type()) ||
+          classes < 2)
+        continue;
+      if (labels.dim() > 1) continue;
+      const auto wrong = labels.ne(-100).logical_and(labels.lt(0).logical_or(labels.ge(classes)));
+      if (!wrong.any().item<bool>()) continue;
+      throw std::runtime_error(fmt::format("'{}labels' must be classes from 0 to {}, or -100, but one is {}",
+                                           prefix(static_cast<int64_t>(i)), classes - 1,
+                                           labels.masked_select(wrong)[0].item<int64_t>()));
+    }
+  }
+
+  uint64_t hash() const override {
+    uint64_t sum = batches_.size();
+    for (const auto& batch : batches_) {
+      for (const auto* tensor :
+           {&batch.inputs.input_ids, &batch.inputs.inputs_embeds, &batch.inputs.attention_mask,
+            &batch.inputs.token_type_ids, &batch.inputs.position_ids, &batch.labels}) {
+        if (!tensor->defined()) continue;
+        const auto bytes = tensor->contiguous();
+        sum = text::mix(sum) ^ text::h64({static_cast<const char*>(bytes.data_ptr()), bytes.nbytes()});
+      }
+    }
+    return sum;
+  }
+
+  void cache_features(Task& task) override {
+    const torch::NoGradGuard no_grad;
+    for (auto& batch : batches_) {
+      const auto moved = internal::to(batch, task.device());
+      batch.features = task.features(task.encode(moved.inputs), moved.inputs);
+    }
+  }
+
+ private:
+  static const std::vector<std::string>& fields() {
+    static const std::vector<std::string> names{"input_ids",      "inputs_embeds", "attention_mask",
+                                                "token_type_ids", "position_ids",  "labels"};
+    return names;
+  }
+  /// "b3.labels" → (3, "labels"); "labels" → (−1, "labels").
+  static std::pair<int64_t, std::string> cut(const std::string& name) {
+    const auto dot = name.find('.');
+    if (dot == std::string::npos || dot < 2 || dot > 10 || name[0] != 'b' ||
+        !std::all_of(name.begin() + 1, name.begin() + static_cast<std::ptrdiff_t>(dot),
+                     [](char c) { return c >= '0' && c <= '9'; })) {
+      return {-1, name};
+    }
+    return {std::stoll(name.substr(1, dot - 1)), name.substr(dot + 1)};
+  }
+
+  std::vector<Batch> batches_;
+  int64_t rows_ = 0;
+  bool bare_ = false;
+};
+
+/// The tokenizer of a model's folder.
+/// Throws: std::runtime_error naming the file.
+inline text::WordPiece read_tokenizer(const fs::path& model) {
+  const auto path = model / "tokenizer.json";
+  std::error_code ignored;
+  if (!fs::is_directory(model, ignored)) {
+    throw std::runtime_error(fmt::format("--model: there is no folder '{}'", model.string()));
+  }
+  if (!fs::is_regular_file(path, ignored)) {
+    throw std::runtime_error(fmt::format(
+        "'{}' is missing: texts need a tokenizer (hint: --inputs takes ready ids)", path.string()));
+  }
+  return text::WordPiece::from_file(path);
+}
+
+/// The texts of a data set as ids.
+inline std::vector<Example> encode(const text::WordPiece& tokenizer, const text::Dataset& data,
+                                   int64_t max_length) {
+  std::vector<Example> examples;
+  examples.reserve(data.rows.size());
+  for (const auto& row : data.rows) {
+    examples.push_back({data.pairs ? tokenizer.encode(row.text, row.text_b, max_length)
+                                   : tokenizer.encode(row.text, max_length),
+                        -1});
+  }
+  return examples;
+}
+
+/// A labelled data set, ready for a model.
+inline TextBatches text_batches(const text::WordPiece& tokenizer, const text::Dataset& data,
+                                const text::Labels& labels, int64_t max_length,
+                                TextBatches::Options options) {
+  auto examples = encode(tokenizer, data, max_length);
+  const auto classes = labels.classes(data);
+  std::vector<uint64_t> hashes;
+  for (size_t i = 0; i < examples.size(); ++i) {
+    examples[i].label = classes[i];
+    hashes.push_back(text::row_hash(data.rows[i], data.pairs));
+  }
+  return {std::move(examples), std::move(hashes), tokenizer.pad_id(), options};
+}
+
+}  // namespace finetune

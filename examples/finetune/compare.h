@@ -1,0 +1,203 @@
+// compare: several methods trained on the same data from the same base, and their table.
+#pragma once
+
+#include <fmt/format.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "learning_curves.h"
+#include "peft/io/atomic_file.h"
+#include "report.h"
+#include "result_row.h"
+#include "train.h"
+
+namespace finetune {
+
+namespace internal {
+
+inline nlohmann::json to_json(const ResultRow& row) {
+  const auto points = [](const std::vector<ResultRow::Point>& curve) {
+    auto list = nlohmann::json::array();
+    for (const auto& point : curve) list.push_back({point.step, point.value});
+    return list;
+  };
+  return {{"method", row.method},
+          {"trainable", row.trainable},
+          {"percent", row.percent},
+          {"accuracy", row.accuracy},
+          {"seconds_per_step", row.seconds_per_step},
+          {"peak_bytes", row.peak_bytes},
+          {"adapter_bytes", row.adapter_bytes},
+          {"train_seconds", row.train_seconds},
+          {"loss", points(row.loss)},
+          {"accuracy_curve", points(row.accuracy_curve)}};
+}
+
+inline ResultRow row_of(const nlohmann::json& json) {
+  const auto points = [&](const char* key) {
+    std::vector<ResultRow::Point> curve;
+    for (const auto& point : json.at(key)) curve.push_back({point[0].get<int64_t>(), point[1].get<double>()});
+    return curve;
+  };
+  ResultRow row;
+  row.method = json.at("method").get<std::string>();
+  row.trainable = json.at("trainable").get<int64_t>();
+  row.percent = json.at("percent").get<double>();
+  row.accuracy = json.at("accuracy").get<double>();
+  row.seconds_per_step = json.at("seconds_per_step").get<double>();
+  row.peak_bytes = json.at("peak_bytes").get<int64_t>();
+  row.adapter_bytes = json.at("adapter_bytes").get<int64_t>();
+  row.train_seconds = json.at("train_seconds").get<double>();
+  row.loss = points("loss");
+  row.accuracy_curve = points("accuracy_curve");
+  return row;
+}
+
+/// Ctrl-C reaches parent and child alike; the child stops, and the parent tidies up.
+class IgnoreSignals {
+ public:
+  IgnoreSignals() : interrupt_(std::signal(SIGINT, SIG_IGN)), terminate_(std::signal(SIGTERM, SIG_IGN)) {}
+  ~IgnoreSignals() { restore(); }
+  IgnoreSignals(const IgnoreSignals&) = delete;
+  IgnoreSignals& operator=(const IgnoreSignals&) = delete;
+  void restore() const {
+    std::signal(SIGINT, interrupt_);
+    std::signal(SIGTERM, terminate_);
+  }
+
+ private:
+  void (*interrupt_)(int);
+  void (*terminate_)(int);
+};
+
+/// Runs `work` in a process of its own, so that its memory is counted alone, and returns the text it gives.
+/// `program` wraps it: prints what it throws and turns that into the exit status. The caller must not have
+/// computed anything yet: a copy of a process has none of its threads.
+inline std::string in_child(const std::function<std::string()>& work,
+                            const std::function<int(const std::function<void()>&)>& program,
+                            const std::string& name) {
+  int ends[2];
+  if (pipe(ends) != 0)
+    throw std::runtime_error(fmt::format("no pipe: {}", std::generic_category().message(errno)));
+  std::fflush(nullptr);
+  const IgnoreSignals ignored;
+  const auto child = fork();
+  if (child < 0)
+    throw std::runtime_error(fmt::format("no process: {}", std::generic_category().message(errno)));
+  if (child == 0) {
+    ignored.restore();
+    close(ends[0]);
+    const int status = program([&] {
+      const auto text = work();
+      for (size_t sent = 0; sent < text.size();) {
+        const auto count = write(ends[1], text.data() + sent, text.size() - sent);
+        if (count < 0 && errno != EINTR) throw std::runtime_error("the pipe to the main process broke");
+        sent += count > 0 ? static_cast<size_t>(count) : 0;
+      }
+    });
+    std::fflush(nullptr);
+    _exit(status);
+  }
+  close(ends[1]);
+  std::string text;
+  char buffer[4096];
+  for (;;) {
+    const auto count = read(ends[0], buffer, sizeof buffer);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) break;
+    text.append(buffer, static_cast<size_t>(count));
+  }
+  close(ends[0]);
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  }
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return text;
+  const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  if (code == 128 + SIGINT || code == 128 + SIGTERM)
+    throw Interrupted(code - 128, "compare was stopped; nothing is kept");
+  if (WIFSIGNALED(status)) {
+    throw std::runtime_error(fmt::format("{}: its process was killed by signal {}{}", name, WTERMSIG(status),
+                                         WTERMSIG(status) == SIGKILL ? " (hint: out of memory?)" : ""));
+  }
+  throw std::runtime_error(fmt::format("{} failed (see above); nothing is kept", name));
+}
+
+/// A folder's name for each method: `lora`, and `lora-2` for a second.
+inline std::vector<std::string> folder_names(const std::vector<std::string>& methods) {
+  std::vector<std::string> names;
+  std::map<std::string, int> seen;
+  for (const auto& text : methods) {
+    const auto name = split_method(text).first;
+    const int count = ++seen[name];
+    names.push_back(count == 1 ? name : fmt::format("{}-{}", name, count));
+  }
+  return names;
+}
+
+/// Whether a folder holds nothing but what `compare` writes.
+inline bool is_comparison(const fs::path& folder) {
+  std::error_code error;
+  return fs::exists(folder / "results.csv", error) || fs::is_empty(folder, error);
+}
+
+}  // namespace internal
+
+/// Trains each method in a process of its own, prints the table, and leaves adapters, `results.csv` and
+/// `learning_curves.svg` in `options.out`, if that is given: all of it or nothing.
+inline void compare(const TrainOptions& options, const std::vector<std::string>& methods,
+                    const std::function<int(const std::function<void()>&)>& program) {
+  std::error_code error;
+  if (!options.out.empty()) {
+    const bool used = fs::exists(options.out, error) &&
+                      !(fs::is_directory(options.out, error) && fs::is_empty(options.out, error));
+    if (used && !options.overwrite) {
+      throw std::runtime_error(
+          fmt::format("--out: '{}' exists (hint: another name, or --overwrite)", options.out.string()));
+    }
+    if (used && !(fs::is_directory(options.out, error) && internal::is_comparison(options.out))) {
+      throw std::runtime_error(
+          fmt::format("--out: '{}' was not written by compare; it is not overwritten", options.out.string()));
+    }
+  }
+  for (const auto& method : methods)
+    parse_method(method, options.targets, options.pooling == Pooling::cls ? "classifier" : "");
+  const auto names = internal::folder_names(methods);
+  peft::StagedDirectory staged(
+      options.out.empty() ? fs::temp_directory_path() / "peft-finetune-compare" : options.out,
+      /*overwrite=*/true);
+  std::vector<ResultRow> rows;
+  for (size_t i = 0; i < methods.size(); ++i) {
+    auto one = options;
+    one.method = methods[i];
+    one.out = staged.path() / names[i];
+    one.checkpoint_every = 0;
+    one.quiet = true;
+    fmt::print(stderr, "method {} of {}: {}\n", i + 1, methods.size(), methods[i]);
+    if (!one.log.empty()) one.log += fmt::format(".{}", names[i]);
+    const auto text =
+        internal::in_child([&] { return internal::to_json(Run(one)()).dump(); }, program, methods[i]);
+    rows.push_back(internal::row_of(nlohmann::json::parse(text)));
+  }
+  fmt::print("{}", table(rows));
+  std::fflush(stdout);
+  if (options.out.empty()) return;
+  peft::write_file(staged.path() / "learning_curves.svg", svg(rows));
+  peft::write_file(staged.path() / "results.csv", csv(rows));
+  staged.commit();
+  fmt::print(stderr, "adapters, results.csv and learning_curves.svg: '{}'\n", options.out.string());
+}
+
+}  // namespace finetune

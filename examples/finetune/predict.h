@@ -1,0 +1,241 @@
+// predict, merge, info, tokenize: what is done with a base, with or without an adapter, once it is trained.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "batches.h"
+#include "peft/io/atomic_file.h"
+#include "peft/io/safetensors.h"
+#include "peft/model/merge.h"
+#include "peft/model/summary.h"
+#include "peft/models/save_pretrained.h"
+#include "task.h"
+#include "train.h"
+
+namespace finetune {
+
+/// The arguments of `predict`, `merge`, `info` and `tokenize`; each has some of them.
+struct UseOptions {
+  fs::path model, data, inputs, out;
+  std::optional<fs::path> adapter;
+  std::vector<std::string> texts;
+  std::optional<int64_t> max_length;
+  std::string device = "cpu", dtype;
+  bool hidden = false, embed = false, overwrite = false;
+};
+
+namespace internal {
+
+inline BaseOptions base_of(const UseOptions& options) {
+  return {options.model, parse_dtype(options.dtype), std::nullopt, parse_device(options.device)};
+}
+
+/// Settings of the adapter, else of the model's folder; those of an adapter that was not trained here are
+/// unknown.
+inline std::optional<Settings> settings_of(const UseOptions& options) {
+  return Settings::read(options.adapter.value_or(options.model));
+}
+
+inline Task open(const UseOptions& options) {
+  if (options.adapter) {
+    std::error_code ignored;
+    if (!fs::is_directory(*options.adapter, ignored)) {
+      throw std::runtime_error(fmt::format("--adapter: there is no folder '{}'", options.adapter->string()));
+    }
+  }
+  auto task = Task::for_prediction(base_of(options), options.adapter, settings_of(options));
+  for (const auto& note : task.notes()) fmt::print(stderr, "note: {}\n", note);
+  return task;
+}
+
+/// The texts of `--text` (a pair with a tab in it) or `--data`.
+inline text::Dataset texts_of(const UseOptions& options) {
+  if (!options.data.empty()) return text::read_tsv(options.data);
+  text::Dataset data{"--text", false, {}};
+  for (const auto& given : options.texts) {
+    const auto tab = given.find('\t');
+    text::Row row{"", given.substr(0, tab), tab == std::string::npos ? "" : given.substr(tab + 1), 0};
+    if (row.text.find_first_not_of(" \t\r\n") == std::string::npos)
+      throw std::runtime_error("--text: a text is empty");
+    if (const auto at = text::invalid_utf8_at(given)) {
+      throw std::runtime_error(
+          fmt::format("--text: must be valid UTF-8, but the byte at offset {} is not", *at));
+    }
+    data.pairs = data.pairs || tab != std::string::npos;
+    data.rows.push_back(std::move(row));
+  }
+  return data;
+}
+
+inline void predict_inputs(const UseOptions& options, Task& task) {
+  FileBatches batches(options.inputs, /*needs_labels=*/false);
+  if (!task.has_head() && !options.hidden && !options.embed) {
+    throw std::runtime_error(fmt::format("'{}' has no task head, so no logits (hint: --hidden or --embed)",
+                                         options.model.string()));
+  }
+  if (task.has_head()) batches.check_labels(task.labels());
+  std::vector<std::pair<std::string, Tensor>> tensors;
+  const torch::NoGradGuard no_grad;
+  for (int64_t i = 0; i < batches.count(); ++i) {
+    const auto batch = to(batches.get(0, i), task.device());
+    const auto prefix = batches.prefix(i);
+    const peft::ForwardScope scope;
+    const auto output = task.encode(batch.inputs);
+    const auto add = [&](const char* name, const Tensor& tensor) {
+      tensors.emplace_back(prefix + name, tensor.cpu());
+    };
+    if (task.has_head()) {
+      const auto logits = task.logits(task.features(output, batch.inputs));
+      add("logits", logits);
+      if (batch.labels.defined()) add("loss", task.loss(logits, batch.labels));
+    }
+    if (options.hidden) {
+      add("last_hidden_state", output.last_hidden_state);
+      if (output.pooler_output.defined()) add("pooler_output", output.pooler_output);
+    }
+    if (options.embed)
+      add("embedding", peft::models::embed(output.last_hidden_state, batch.inputs.attention_mask));
+  }
+  peft::save_safetensors(options.out, tensors);
+  fmt::print(stderr, "{} batches: '{}'\n", batches.count(), options.out.string());
+}
+
+/// A text for one line of a terminal.
+inline std::string shown(const text::Row& row, bool pairs) {
+  return pairs ? row.text + " | " + row.text_b : row.text;
+}
+
+inline void predict_texts(const UseOptions& options, Task& task) {
+  if (!task.has_head()) {
+    throw std::runtime_error(
+        fmt::format("'{}' has no task head, so no labels (hint: --adapter, or --inputs with --embed)",
+                    options.model.string()));
+  }
+  const auto settings = settings_of(options);
+  const auto labels = settings ? settings->labels : task.config().labels();
+  constexpr int64_t usual_length = 128;
+  const auto length = std::min(options.max_length.value_or(settings ? settings->max_length : usual_length),
+                               task.config().max_position_embeddings());
+  const auto data = texts_of(options);
+  const auto tokenizer = read_tokenizer(options.model);
+  const auto examples = encode(tokenizer, data, length);
+  size_t width = 0, right = 0, known = 0;
+  for (const auto& label : labels) width = std::max(width, label.size());
+  std::string file = "label\tprobability\ttext\n";
+  const torch::NoGradGuard no_grad;
+  constexpr size_t at_once = 64;
+  for (size_t begin = 0; begin < examples.size(); begin += at_once) {
+    std::vector<const Example*> rows;
+    for (size_t i = begin; i < std::min(examples.size(), begin + at_once); ++i) rows.push_back(&examples[i]);
+    const auto batch = to(pad(rows, tokenizer.pad_id()), task.device());
+    const auto probabilities = task.logits(batch.inputs).to(torch::kDouble).softmax(-1).cpu();
+    const auto [most, classes] = probabilities.max(-1);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto& row = data.rows[begin + i];
+      const auto at = static_cast<int64_t>(i);
+      const auto& label = labels.at(static_cast<size_t>(classes[at].item<int64_t>()));
+      const auto probability = most[at].item<double>();
+      file += fmt::format("{}\t{:.6f}\t{}\n", label, probability,
+                          data.pairs ? row.text + "\t" + row.text_b : row.text);
+      known += !row.label.empty();
+      right += row.label == label;
+      if (!options.out.empty()) continue;
+      fmt::print("{:<{}}  {:5.1f} %  {}{}\n", label, width, 100 * probability, shown(row, data.pairs),
+                 row.label.empty() || row.label == label ? "" : fmt::format("   (labelled {})", row.label));
+    }
+  }
+  std::fflush(stdout);
+  if (!options.out.empty()) peft::write_file(options.out, file);
+  if (known > 0) {
+    fmt::print(stderr, "{} of {} as labelled ({:.2f} %)\n", right, known,
+               100.0 * static_cast<double>(right) / static_cast<double>(known));
+  }
+}
+
+}  // namespace internal
+
+/// Labels with probabilities for texts; logits and what else is asked for of ready batches.
+inline void predict(const UseOptions& options) {
+  if (!options.inputs.empty() && options.out.empty()) {
+    throw std::runtime_error("--inputs: the results are tensors and need a file (hint: --out F.safetensors)");
+  }
+  auto task = internal::open(options);
+  if (options.inputs.empty()) {
+    internal::predict_texts(options, task);
+  } else {
+    internal::predict_inputs(options, task);
+  }
+}
+
+/// Writes the base with the adapter in its weights as a folder of its own.
+inline void merge(const UseOptions& options) {
+  std::error_code error;
+  if (fs::exists(options.out, error) && !fs::is_empty(options.out, error)) {
+    if (!options.overwrite) {
+      throw std::runtime_error(fmt::format(
+          "--out: '{}' exists and is not empty (hint: another name, or --overwrite)", options.out.string()));
+    }
+    if (fs::equivalent(options.out, options.model, error) ||
+        fs::equivalent(options.out, *options.adapter, error)) {
+      throw std::runtime_error(fmt::format("--out: '{}' is the folder the model or the adapter is read from",
+                                           options.out.string()));
+    }
+    if (!fs::exists(options.out / peft::models::PretrainedFolder::config_name, error)) {
+      throw std::runtime_error(
+          fmt::format("--out: '{}' holds no model; it is not overwritten", options.out.string()));
+    }
+  }
+  const auto task = internal::open(options);
+  const auto settings = internal::settings_of(options);
+  if (task.adapter()) peft::merge(*task.model(), /*keep=*/false);
+  peft::models::SaveOptions save;
+  const bool classifier = task.has_head() && !task.has_pooled_head();
+  if (classifier) {
+    save.architecture("BertForSequenceClassification").new_head(true);
+    if (settings) save.labels(settings->labels);
+  }
+  peft::StagedDirectory staged(options.out, options.overwrite);
+  peft::models::save_pretrained(*task.model(), staged.path(), options.model, save);
+  task.save_head(staged.path());
+  if (settings) peft::write_file(staged.path() / Settings::file_name, settings->to_json().dump(2) + "\n");
+  staged.commit();
+  fmt::print(stderr, "merged: '{}'\n", options.out.string());
+}
+
+/// What is adapted, what it counts and weighs.
+inline void info(const UseOptions& options) {
+  const auto task = internal::open(options);
+  fmt::print("{}", peft::summary(*task.model()).text);
+  if (task.has_pooled_head()) {
+    fmt::print("head on mean-pooled states: {} weights\n",
+               peft::internal::count_text((task.config().hidden_size() + 1) * task.labels()));
+  }
+  const auto settings = internal::settings_of(options);
+  if (settings) {
+    fmt::print("labels: {} · pooling {} · at most {} tokens\n", fmt::join(settings->labels, ", "),
+               to_string(settings->pooling), settings->max_length);
+  } else if (task.has_head()) {
+    fmt::print("labels: {}\n", fmt::join(task.config().labels(), ", "));
+  }
+}
+
+/// The ids of each text, a line a text.
+inline void tokenize(const UseOptions& options) {
+  const auto tokenizer = read_tokenizer(options.model);
+  const auto data = internal::texts_of(options);
+  for (const auto& example :
+       encode(tokenizer, data, options.max_length.value_or(text::WordPiece::no_limit))) {
+    fmt::print("{}\n", fmt::join(example.encoding.ids, " "));
+  }
+}
+
+}  // namespace finetune

@@ -1,0 +1,539 @@
+// train: one run, from the arguments to the adapter on disk.
+#pragma once
+
+#include <fmt/format.h>
+#include <sys/resource.h>
+#include <torch/utils.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "batches.h"
+#include "method.h"
+#include "peft/model/summary.h"
+#include "peft/train/checkpoint.h"
+#include "peft/train/optimizer.h"
+#include "peft/train/schedule.h"
+#include "progress.h"
+#include "result_row.h"
+#include "run_folder.h"
+#include "task.h"
+
+namespace finetune {
+
+/// The arguments of a run.
+struct TrainOptions {
+  fs::path model, train, test, inputs, out, init_adapter, log;
+  std::string method;
+  std::vector<std::string> targets;
+  int64_t epochs = 0, steps = 0;  ///< one of them, or neither
+  int64_t batch_size = 32, max_length = 128, accumulate = 1, checkpoint_every = 100;
+  int64_t train_rows = 0, test_rows = 0;  ///< the first so many; 0 for all
+  double rate = 1e-3;
+  std::optional<double> head_rate;
+  std::string schedule = "linear";
+  double warmup = 0;  ///< steps; below 1 a part of all
+  double weight_decay = 0.01, clip = 1.0, dropout = 0;
+  Pooling pooling = Pooling::cls;
+  uint64_t seed = 0;
+  std::string device = "cpu", dtype;
+  bool shuffle = true, resume = false, overwrite = false;
+  Arguments arguments;  ///< as given, for `--resume`
+  std::string command;  ///< for the hint how to go on
+  bool quiet = false;   ///< no line at the end
+};
+
+/// Accuracy and mean loss on data the model was not trained on.
+struct Evaluation {
+  double accuracy = 0, loss = 0;
+  int64_t correct = 0, rows = 0;
+};
+
+inline Evaluation evaluate(Task& task, Batches& data) {
+  const torch::NoGradGuard no_grad;
+  task.train(false);
+  Evaluation result;
+  double loss = 0;
+  for (int64_t i = 0; i < data.count(); ++i) {
+    const auto batch = internal::to(data.get(0, i), task.device());
+    const auto logits = batch.features.defined() ? task.logits(batch.features) : task.logits(batch.inputs);
+    const auto counted = batch.labels.ne(-100);
+    const auto rows = counted.sum().item<int64_t>();
+    if (rows == 0) continue;
+    result.correct += logits.argmax(-1).eq(batch.labels).logical_and(counted).sum().item<int64_t>();
+    result.rows += rows;
+    loss += task.loss(logits, batch.labels).item<double>() * static_cast<double>(rows);
+  }
+  task.train(true);
+  const auto rows = static_cast<double>(std::max<int64_t>(1, result.rows));
+  result.accuracy = static_cast<double>(result.correct) / rows;
+  result.loss = loss / rows;
+  return result;
+}
+
+namespace internal {
+
+inline std::optional<torch::ScalarType> parse_dtype(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  const auto type = peft::internal::dtype_of_name(name);
+  if (!type)
+    throw std::runtime_error(
+        fmt::format("--dtype must be float32, float16, bfloat16 or float64, but got '{}'", name));
+  return type;
+}
+
+inline torch::Device parse_device(const std::string& name) {
+  try {
+    const torch::Device device(name);
+    if (device.is_cuda() && !torch::cuda::is_available()) {
+      throw std::runtime_error(fmt::format("--device {}: this LibTorch sees no GPU", name));
+    }
+    return device;
+  } catch (const c10::Error&) {
+    throw std::runtime_error(fmt::format("--device must be cpu, cuda or cuda:N, but got '{}'", name));
+  }
+}
+
+/// The most memory this process has held.
+inline int64_t peak_memory() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+}
+
+inline int64_t bytes_of_weights(const fs::path& folder) {
+  int64_t bytes = 0;
+  std::error_code error;
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+    if (entry->path().extension() == ".safetensors") bytes += static_cast<int64_t>(entry->file_size());
+  }
+  return bytes;
+}
+
+inline double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+/// The labels in the order of their classes: the config's where the base has a head for just these, else
+/// sorted.
+inline std::vector<std::string> class_names(const text::Labels& labels, const TrainOptions& options) {
+  auto names = labels.names();
+  if (options.pooling != Pooling::cls || !has_classifier(options.model)) return names;
+  const auto known = peft::models::BertConfig::read(options.model / "config.json").labels();
+  return known.size() == names.size() && std::is_permutation(known.begin(), known.end(), names.begin())
+             ? known
+             : names;
+}
+
+inline text::Dataset read_rows(const fs::path& path, int64_t most) {
+  auto data = text::read_tsv(path);
+  if (most > 0 && data.rows.size() > static_cast<size_t>(most)) data.rows.resize(static_cast<size_t>(most));
+  return data;
+}
+
+/// What a run works on.
+struct RunData {
+  std::vector<std::string> labels;
+  std::unique_ptr<Batches> train, test;
+};
+
+inline RunData read_data(const TrainOptions& options) {
+  RunData data;
+  constexpr int64_t evaluation_batch = 64;
+  const auto test_batches = [&]() -> std::unique_ptr<Batches> {
+    if (options.test.empty()) return nullptr;
+    if (options.test.extension() == ".safetensors") {
+      auto batches = std::make_unique<FileBatches>(options.test, /*needs_labels=*/true);
+      batches->check_labels(static_cast<int64_t>(data.labels.size()));
+      return batches;
+    }
+    return std::make_unique<TextBatches>(text_batches(
+        read_tokenizer(options.model), read_rows(options.test, options.test_rows), text::Labels(data.labels),
+        options.max_length, {evaluation_batch, false, 0, /*by_length=*/true}));
+  };
+  if (!options.inputs.empty()) {
+    auto batches = std::make_unique<FileBatches>(options.inputs, /*needs_labels=*/true);
+    const auto config = peft::models::BertConfig::read(options.model / "config.json");
+    const auto json = peft::internal::read_json_object(options.model / "config.json");
+    data.labels = config.labels();
+    const bool says = json.contains("id2label") || json.contains("num_labels");
+    for (auto i = config.num_labels(); !says && i < batches->classes(); ++i)
+      data.labels.push_back(fmt::format("LABEL_{}", i));
+    batches->check_labels(static_cast<int64_t>(data.labels.size()));
+    data.train = std::move(batches);
+    data.test = test_batches();
+    return data;
+  }
+  // Rows first: a mistake in them is found at once.
+  auto rows = text::read_tsv(options.train);
+  const text::Labels labels(rows);
+  data.labels = class_names(labels, options);
+  if (options.train_rows > 0 && rows.rows.size() > static_cast<size_t>(options.train_rows)) {
+    rows.rows.resize(static_cast<size_t>(options.train_rows));
+  }
+  data.train = std::make_unique<TextBatches>(
+      text_batches(read_tokenizer(options.model), rows, text::Labels(data.labels), options.max_length,
+                   {options.batch_size, options.shuffle, options.seed, /*by_length=*/false}));
+  data.test = test_batches();
+  return data;
+}
+
+/// `lr=` of a `--method` given beside `--init-adapter`, whose config says all else.
+inline std::optional<double> rate_beside_adapter(const std::string& method, const fs::path& folder) {
+  if (method.empty()) return std::nullopt;
+  const auto parsed = parse_method(method, {}, "");
+  for (const auto& [key, value] : split_method(method).second) {
+    if (key == "lr") continue;
+    throw std::runtime_error(fmt::format(
+        "--method {}: {} is what the config in '{}' says; beside --init-adapter only lr= may be given",
+        parsed.name, key, folder.string()));
+  }
+  return parsed.rate;
+}
+
+inline std::unique_ptr<peft::AdamW> make_optimizer(const peft::Adapter& trained, const TrainOptions& options,
+                                                   double rate) {
+  const auto with = [&](double lr) {
+    return torch::optim::AdamWOptions(lr).weight_decay(options.weight_decay);
+  };
+  std::vector<peft::ParameterGroup> groups;
+  const auto named = trained.named_parameters();
+  if (std::any_of(named.begin(), named.end(), [](const auto& item) { return Task::is_head(item.first); })) {
+    groups.push_back({&Task::is_head, with(options.head_rate.value_or(options.rate))});
+  }
+  return std::make_unique<peft::AdamW>(trained, groups, with(rate), options.clip);
+}
+
+inline std::unique_ptr<peft::Schedule> make_schedule(peft::AdamW& optimizer, const TrainOptions& options,
+                                                     int64_t total) {
+  const auto warmup =
+      static_cast<int64_t>(options.warmup < 1 ? std::floor(options.warmup * static_cast<double>(total) + 1e-9)
+                                              : std::floor(options.warmup));
+  if (options.schedule == "linear") return std::make_unique<peft::LinearSchedule>(optimizer, warmup, total);
+  if (options.schedule == "cosine") return std::make_unique<peft::CosineSchedule>(optimizer, warmup, total);
+  return std::make_unique<peft::ConstantSchedule>(optimizer, warmup);
+}
+
+}  // namespace internal
+
+/// Trains and leaves the adapter in `options.out`. Messages go to stderr.
+/// Throws: Interrupted after Ctrl-C, a checkpoint being written; Diverged where the loss is no number; else
+/// what is wrong with arguments, data, model or disk, and then nothing is left at `out` that was not there.
+class Run {
+ public:
+  explicit Run(TrainOptions options)
+      : options_(std::move(options)), folder_(options_.out, options_.overwrite, options_.resume) {}
+
+  ResultRow operator()() {
+    try {
+      if (folder_.state() == RunFolder::State::finished) return report_finished();
+      prepare();
+      loop();
+      return finish();
+    } catch (const Interrupted&) {
+      throw;
+    } catch (const Diverged&) {
+      folder_.abandon(/*keep_best=*/true);
+      throw;
+    } catch (...) {
+      folder_.abandon(/*keep_best=*/false);
+      throw;
+    }
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  static double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  }
+
+  void say(const std::string& line) {
+    if (progress_) {
+      progress_->line(line);
+    } else {
+      fmt::print(stderr, "{}\n", line);
+    }
+  }
+
+  ResultRow report_finished() {
+    const auto json = peft::internal::read_json_object(folder_.path() / Settings::file_name);
+    if (json.contains("arguments"))
+      require_same_arguments(options_.arguments, json["arguments"], folder_.path());
+    say(fmt::format("the run in '{}' is finished: nothing to do", folder_.path().string()));
+    return {};
+  }
+
+  void prepare() {
+    std::string position;
+    if (folder_.state() == RunFolder::State::checkpoint) {
+      position = peft::checkpoint_position(folder_.checkpoint_file());
+      position_ = nlohmann::ordered_json::parse(position);
+      require_same_arguments(options_.arguments, position_.at("arguments"), folder_.path());
+    } else if (options_.resume) {
+      say(fmt::format("no checkpoint in '{}' yet: starting from the beginning", folder_.path().string()));
+    }
+    if (!options_.init_adapter.empty()) {
+      init_rate_ = internal::rate_beside_adapter(options_.method, options_.init_adapter);
+    } else {
+      method_ = parse_method(options_.method, options_.targets,
+                             options_.pooling == Pooling::cls ? "classifier" : "");
+    }
+    const BaseOptions base{options_.model, internal::parse_dtype(options_.dtype), options_.dropout,
+                           internal::parse_device(options_.device)};
+    data_ = internal::read_data(options_);
+    torch::manual_seed(options_.seed);
+    task_ = std::make_unique<Task>(
+        Task::for_training(base, options_.pooling, static_cast<int64_t>(data_.labels.size())));
+    if (options_.init_adapter.empty()) {
+      task_->attach(*method_);
+    } else {
+      task_->attach(options_.init_adapter);
+      for (const auto& note : task_->notes()) say("note: " + note);
+    }
+    check_sizes();
+    trained_ = std::make_unique<peft::Adapter>(task_->trained());
+    rate_ = method_ && method_->rate ? *method_->rate : init_rate_.value_or(options_.rate);
+    if (head_only() && method_->rate) options_.head_rate = rate_;
+
+    steps_per_epoch_ = (data_.train->count() + options_.accumulate - 1) / options_.accumulate;
+    constexpr int64_t default_epochs = 3;
+    const auto epochs = options_.epochs > 0 ? options_.epochs : options_.inputs.empty() ? default_epochs : 1;
+    total_ = options_.steps > 0 ? options_.steps : epochs * steps_per_epoch_;
+    optimizer_ = internal::make_optimizer(*trained_, options_, rate_);
+    schedule_ = internal::make_schedule(*optimizer_, options_, total_);
+    data_hash_ = fmt::format("{:016x}", data_.train->hash());
+
+    if (!position_.is_null()) {
+      if (position_.at("data") != data_hash_) {
+        throw std::runtime_error(
+            fmt::format("--resume: the training data is not what it was when the run in '{}' began",
+                        folder_.path().string()));
+      }
+      peft::load_checkpoint(folder_.checkpoint_file(), *trained_, *optimizer_, *schedule_);
+      done_ = position_.at("step").get<int64_t>();
+      best_accuracy_ = position_.at("best_accuracy").get<double>();
+      best_step_ = position_.at("best_step").get<int64_t>();
+    }
+    if (!options_.log.empty()) log_ = std::make_unique<StepLog>(options_.log, done_);
+    describe();
+  }
+
+  bool head_only() const { return method_ && method_->head_only(); }
+
+  void check_sizes() const {
+    if (options_.inputs.empty() && options_.max_length > task_->config().max_position_embeddings()) {
+      throw std::runtime_error(
+          fmt::format("--max-length must be at most {}, the model's positions, but got {}",
+                      task_->config().max_position_embeddings(), options_.max_length));
+    }
+    if (data_.test && task_->labels() < 2) {
+      throw std::runtime_error("--test: accuracy needs two classes, but the model has one output");
+    }
+  }
+
+  void describe() {
+    const auto summary = peft::summary(*task_->model());
+    row_.method = method_ ? method_->text : "adapter " + options_.init_adapter.string();
+    row_.trainable = trained_->count();
+    base_weights_ = summary.total;
+    row_.percent = 100.0 * static_cast<double>(row_.trainable) /
+                   static_cast<double>(std::max<int64_t>(1, base_weights_));
+    say(fmt::format("{}: {} of {} weights train ({:.3f} %), {} rows, {} steps{}", row_.method,
+                    peft::internal::count_text(row_.trainable), peft::internal::count_text(base_weights_),
+                    row_.percent, peft::internal::count_text(data_.train->rows()), total_,
+                    done_ > 0 ? fmt::format(", going on after step {}", done_) : ""));
+  }
+
+  void loop() {
+    const SignalGuard signals;
+    progress_ = std::make_unique<Progress>(total_, isatty(STDERR_FILENO) == 1);
+    task_->train(true);
+    auto start = Clock::now();
+    if (head_only() && options_.dropout == 0) {
+      say("the head trains alone: computing its features once");
+      task_->train(false);
+      data_.train->cache_features(*task_);
+      row_.train_seconds += seconds_since(start);
+      if (data_.test) data_.test->cache_features(*task_);
+      task_->train(true);
+      if (SignalGuard::seen() != 0) stop();
+    }
+    while (done_ < total_) {
+      start = Clock::now();
+      const auto rate = schedule_->last().back();
+      const auto loss = step();
+      const auto seconds = seconds_since(start);
+      times_.push_back(seconds);
+      row_.train_seconds += seconds;
+      row_.loss.push_back({done_, loss});
+      if (log_) log_->step(done_, loss, loss, rate);
+      progress_->step(done_, loss, rate);
+      if (data_.test && (done_ % steps_per_epoch_ == 0 || done_ == total_)) evaluate_now();
+      const bool signalled = SignalGuard::seen() != 0;
+      const bool due = options_.checkpoint_every > 0 && done_ % options_.checkpoint_every == 0;
+      if (done_ < total_ && signalled) stop();
+      if (done_ < total_ && due) checkpoint();
+    }
+    progress_->finish();
+  }
+
+  /// After Ctrl-C: a checkpoint, and how to go on from it.
+  [[noreturn]] void stop() {
+    const auto signal = SignalGuard::seen();
+    progress_->finish();
+    if (options_.command.empty())
+      throw Interrupted(signal, fmt::format("stopped after step {} of {}", done_, total_));
+    checkpoint();
+    throw Interrupted(signal, fmt::format("stopped after step {} of {}; to go on:\n  {} --resume", done_,
+                                          total_, options_.command));
+  }
+
+  /// One step of the optimizer; returns the loss before it.
+  double step() {
+    const auto epoch = done_ / steps_per_epoch_;
+    const auto first = done_ % steps_per_epoch_ * options_.accumulate;
+    const auto last = std::min(first + options_.accumulate, data_.train->count());
+    std::vector<Batch> batches;
+    std::vector<double> rows;
+    double all_rows = 0;
+    for (auto i = first; i < last; ++i) {
+      batches.push_back(internal::to(data_.train->get(epoch, i), task_->device()));
+      const auto& labels = batches.back().labels;
+      const auto counted = last - first > 1 ? labels.ne(-100).sum().item<double>() : 1.0;
+      rows.push_back(counted);
+      all_rows += counted;
+    }
+    optimizer_->zero_grad();
+    double sum = 0;
+    for (size_t i = 0; i < batches.size(); ++i) {
+      if (rows[i] == 0) continue;
+      const auto& batch = batches[i];
+      const auto logits =
+          batch.features.defined() ? task_->logits(batch.features) : task_->logits(batch.inputs);
+      auto loss = task_->loss(logits, batch.labels);
+      if (batches.size() > 1) loss = loss * (rows[i] / all_rows);
+      sum += loss.item<double>();
+      if (!std::isfinite(sum))
+        diverged(fmt::format("the loss is {} at step {}", std::isnan(sum) ? "NaN" : "infinite", done_ + 1));
+      loss.backward();
+    }
+    optimizer_->step();
+    schedule_->step();
+    ++done_;
+    return sum;
+  }
+
+  [[noreturn]] void diverged(const std::string& what) {
+    progress_->finish();
+    throw Diverged(fmt::format(
+        "{}: stopped (hint: a smaller --lr, or --clip 1)\n  {}", what,
+        folder_.has_checkpoint()
+            ? fmt::format("the last good checkpoint is kept in '{}'", folder_.checkpoint_folder().string())
+            : "no checkpoint had been written yet (hint: --checkpoint-every)"));
+  }
+
+  void require_finite() {
+    for (const auto& [name, tensor] : trained_->named_parameters()) {
+      if (!tensor.isfinite().all().item<bool>())
+        diverged(fmt::format("'{}' holds NaN or infinity after step {}", name, done_));
+    }
+  }
+
+  void evaluate_now() {
+    const auto result = evaluate(*task_, *data_.test);
+    row_.accuracy_curve.push_back({done_, result.accuracy});
+    if (log_) log_->evaluation(done_, result.loss, result.accuracy);
+    say(fmt::format("step {}: accuracy {:.2f} % ({} of {}), loss {:.4f}", done_, 100 * result.accuracy,
+                    result.correct, result.rows, result.loss));
+    if (result.accuracy <= best_accuracy_) return;
+    require_finite();
+    best_accuracy_ = result.accuracy;
+    best_step_ = done_;
+    folder_.write_best([&](const fs::path& path) { task_->save(path, settings(/*whole=*/false)); });
+  }
+
+  void checkpoint() {
+    require_finite();
+    nlohmann::ordered_json position{{"step", done_},
+                                    {"best_accuracy", best_accuracy_},
+                                    {"best_step", best_step_},
+                                    {"data", data_hash_},
+                                    {"arguments", arguments()}};
+    folder_.write_checkpoint([&](const fs::path& path) {
+      peft::save_checkpoint(path, *trained_, *optimizer_, *schedule_, position.dump());
+    });
+  }
+
+  nlohmann::ordered_json arguments() const {
+    auto json = nlohmann::ordered_json::object();
+    for (const auto& [name, value] : options_.arguments) json[name] = value;
+    return json;
+  }
+
+  nlohmann::ordered_json settings(bool whole) const {
+    auto json = Settings{data_.labels, options_.pooling, options_.max_length}.to_json();
+    json["method"] = row_.method;
+    json["step"] = done_;
+    if (best_step_ > 0) {
+      json["best_accuracy"] = best_accuracy_;
+      json["best_step"] = best_step_;
+    }
+    if (whole) json["arguments"] = arguments();
+    return json;
+  }
+
+  ResultRow finish() {
+    require_finite();
+    std::vector<std::string> notes;
+    folder_.finish([&](const fs::path& path) { notes = task_->save(path, settings(/*whole=*/true)); });
+    for (const auto& note : notes) say("note: " + note);
+    row_.accuracy = std::max(0.0, best_accuracy_);
+    row_.seconds_per_step = internal::median(times_);
+    row_.peak_bytes = internal::peak_memory();
+    row_.adapter_bytes = internal::bytes_of_weights(folder_.path());
+    if (!options_.quiet) {
+      say(fmt::format("{}: {} steps in {:.1f} s ({:.3f} s a step){}; adapter in '{}' ({})", row_.method,
+                      times_.size(), row_.train_seconds, row_.seconds_per_step,
+                      best_step_ > 0 ? fmt::format(", best accuracy {:.2f} % after step {}",
+                                                   100 * best_accuracy_, best_step_)
+                                     : "",
+                      folder_.path().string(), peft::internal::bytes_text(row_.adapter_bytes)));
+    }
+    return row_;
+  }
+
+  TrainOptions options_;
+  RunFolder folder_;
+  std::optional<Method> method_;
+  internal::RunData data_;
+  std::unique_ptr<Task> task_;
+  std::unique_ptr<peft::Adapter> trained_;
+  std::unique_ptr<peft::AdamW> optimizer_;
+  std::unique_ptr<peft::Schedule> schedule_;
+  std::unique_ptr<StepLog> log_;
+  std::unique_ptr<Progress> progress_;
+  nlohmann::ordered_json position_;
+  std::string data_hash_;
+  std::optional<double> init_rate_;
+  double rate_ = 0;
+  int64_t steps_per_epoch_ = 1, total_ = 0, done_ = 0, base_weights_ = 0;
+  double best_accuracy_ = -1;
+  int64_t best_step_ = 0;
+  std::vector<double> times_;
+  ResultRow row_;
+};
+
+}  // namespace finetune
