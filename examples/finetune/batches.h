@@ -194,7 +194,7 @@ class TextBatches final : public Batches {
 class FileBatches final : public Batches {
  public:
   /// Throws: std::runtime_error naming the file and every tensor that is not expected or missing.
-  explicit FileBatches(const fs::path& path, bool needs_labels) {
+  explicit FileBatches(const fs::path& path, bool needs_labels) : path_(path) {
     const peft::SafetensorsFile file(path);
     peft::internal::Problems problems;
     std::map<int64_t, std::map<std::string, Tensor>> found;
@@ -266,20 +266,67 @@ class FileBatches final : public Batches {
     }
     return most;
   }
-  /// Throws: std::runtime_error naming the batch with a label that is none of the classes.
-  void check_labels(int64_t classes) const {
+  /// Whether a model can take the batches, found out before any of them is computed. `classes`: of its head,
+  /// 0 without one. Throws: c10::ValueError naming the file and every tensor that does not fit.
+  void check(const peft::models::BertConfig& config, int64_t classes) const {
+    peft::internal::Problems problems;
     for (size_t i = 0; i < batches_.size(); ++i) {
-      const auto& labels = batches_[i].labels;
-      if (!labels.defined() || labels.numel() == 0 || torch::isFloatingType(labels.scalar_type()) ||
-          classes < 2)
+      const auto& [inputs, labels, features] = batches_[i];
+      const auto name = [&](const char* field) {
+        return fmt::format("'{}{}'", prefix(static_cast<int64_t>(i)), field);
+      };
+      const auto complain = [&](const char* field, const std::string& must, const Tensor& tensor) {
+        problems.add(fmt::format("{} must be {}, but got {}", name(field), must,
+                                 peft::internal::shape_text(tensor.sizes())));
+      };
+      const bool embedded = inputs.inputs_embeds.defined();
+      if (embedded && inputs.input_ids.defined()) {
+        problems.add(fmt::format("{} and {} exclude each other", name("input_ids"), name("inputs_embeds")));
         continue;
-      if (labels.dim() > 1) continue;
-      const auto wrong = labels.ne(-100).logical_and(labels.lt(0).logical_or(labels.ge(classes)));
-      if (!wrong.any().item<bool>()) continue;
-      throw std::runtime_error(fmt::format("'{}labels' must be classes from 0 to {}, or -100, but one is {}",
-                                           prefix(static_cast<int64_t>(i)), classes - 1,
-                                           labels.masked_select(wrong)[0].item<int64_t>()));
+      }
+      const auto& tokens = embedded ? inputs.inputs_embeds : inputs.input_ids;
+      const bool fits =
+          embedded ? tokens.dim() == 3 && tokens.size(2) == config.hidden_size() : tokens.dim() == 2;
+      if (!fits || tokens.size(1) == 0) {
+        complain(embedded ? "inputs_embeds" : "input_ids",
+                 embedded ? fmt::format("(rows, tokens, {})", config.hidden_size()) : "(rows, tokens)",
+                 tokens);
+        continue;
+      }
+      const auto rows = tokens.size(0), time = tokens.size(1);
+      const auto check_ids = [&](const char* field, const Tensor& ids, int64_t end, bool one_row) {
+        if (!ids.defined()) return;
+        if (ids.dim() != 2 || ids.size(1) != time ||
+            (ids.size(0) != rows && !(one_row && ids.size(0) == 1))) {
+          return complain(field, peft::internal::shape_text(std::vector<int64_t>{rows, time}), ids);
+        }
+        const auto wrong = end > 0 ? ids.masked_select(ids.lt(0).logical_or(ids.ge(end))) : Tensor();
+        if (!wrong.defined() || wrong.numel() == 0) return;
+        problems.add(fmt::format("{} must be from 0 to {}, but holds {}", name(field), end - 1,
+                                 wrong[0].item<int64_t>()));
+      };
+      check_ids("input_ids", inputs.input_ids, config.vocab_size(), false);
+      check_ids("attention_mask", inputs.attention_mask, 0, false);
+      check_ids("token_type_ids", inputs.token_type_ids, config.type_vocab_size(), true);
+      check_ids("position_ids", inputs.position_ids, config.max_position_embeddings(), true);
+      if (!inputs.position_ids.defined() && time > config.max_position_embeddings()) {
+        problems.add(fmt::format("{} must have at most {} tokens a row, but has {}",
+                                 name(embedded ? "inputs_embeds" : "input_ids"),
+                                 config.max_position_embeddings(), time));
+      }
+      if (!labels.defined() || classes == 0) continue;
+      if (labels.dim() == 0 || labels.size(0) != rows) {
+        complain("labels", fmt::format("one a row, {} of them", rows), labels);
+        continue;
+      }
+      if (torch::isFloatingType(labels.scalar_type()) || labels.dim() > 1 || classes < 2) continue;
+      const auto wrong =
+          labels.masked_select(labels.ne(-100).logical_and(labels.lt(0).logical_or(labels.ge(classes))));
+      if (wrong.numel() == 0) continue;
+      problems.add(fmt::format("{} must be classes from 0 to {}, or -100, but one is {}", name("labels"),
+                               classes - 1, wrong[0].item<int64_t>()));
     }
+    problems.raise(fmt::format("'{}' cannot be used as --inputs", path_.string()));
   }
 
   uint64_t hash() const override {
@@ -321,6 +368,7 @@ class FileBatches final : public Batches {
     return {std::stoll(name.substr(1, dot - 1)), name.substr(dot + 1)};
   }
 
+  fs::path path_;
   std::vector<Batch> batches_;
   int64_t rows_ = 0;
   bool bare_ = false;
@@ -339,6 +387,18 @@ inline text::WordPiece read_tokenizer(const fs::path& model) {
         "'{}' is missing: texts need a tokenizer (hint: --inputs takes ready ids)", path.string()));
   }
   return text::WordPiece::from_file(path);
+}
+
+/// The same, of a model with these settings.
+/// Throws: std::runtime_error naming the file where the model has no vectors for its tokens.
+inline text::WordPiece read_tokenizer(const fs::path& model, const peft::models::BertConfig& config) {
+  auto tokenizer = read_tokenizer(model);
+  if (tokenizer.vocabulary_size() > config.vocab_size()) {
+    throw std::runtime_error(
+        fmt::format("'{}' has {} tokens, but the model only {} (hint: the tokenizer of another model?)",
+                    (model / "tokenizer.json").string(), tokenizer.vocabulary_size(), config.vocab_size()));
+  }
+  return tokenizer;
 }
 
 /// The texts of a data set as ids.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -22,9 +23,21 @@ using finetune::Pooling;
 using finetune::TrainOptions;
 using finetune::UseOptions;
 
+/// Where a first line only counts the problems, the first of them joins it: the first line names what is at
+/// fault.
+std::string with_culprit(const std::string& what) {
+  const auto end = what.find('\n');
+  if (end == std::string::npos || !what.substr(0, end).ends_with(" problems")) return what;
+  const auto begin = what.find_first_not_of(' ', end + 1);
+  const auto next = std::min(what.find('\n', begin), what.size());
+  return what.substr(0, end) + ": " + what.substr(begin, next - begin) + what.substr(next);
+}
+
 /// Does the work and says what goes wrong; returns the exit status.
 int guarded(const std::function<void()>& work) {
-  const auto complain = [](const std::string& what) { fmt::print(stderr, "peft-finetune: {}\n", what); };
+  const auto complain = [](const std::string& what) {
+    fmt::print(stderr, "peft-finetune: {}\n", with_culprit(what));
+  };
   try {
     work();
     if (std::fflush(stdout) != 0) throw std::runtime_error("standard output cannot be written");
@@ -44,10 +57,21 @@ int guarded(const std::function<void()>& work) {
   return 1;
 }
 
+/// A check of an option's number. CLI::Range takes NaN.
+CLI::Validator number_from(double low, double high) {
+  return CLI::Validator(
+      [low, high](std::string& text) {
+        double value = 0;
+        if (CLI::detail::lexical_cast(text, value) && value >= low && value <= high) return std::string();
+        return fmt::format("'{}' is no number from {} to {}", text, low, high);
+      },
+      fmt::format("FLOAT in [{} - {}]", low, high));
+}
+
 /// The options that train and compare share.
 void add_training_options(CLI::App& app, TrainOptions& options) {
   const auto positive = CLI::Range(int64_t{1}, int64_t{1} << 40);
-  const auto not_negative = CLI::Range(0.0, 1e12);
+  const auto not_negative = number_from(0, 1e12);
   app.add_option("--model", options.model,
                  "folder of the base: config.json, model.safetensors, tokenizer.json")
       ->required();
@@ -76,9 +100,9 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
       ->check(positive)
       ->excludes(epochs);
   app.add_option("--batch-size", options.batch_size, "texts a step")->check(positive)->capture_default_str();
-  app.add_option("--max-length", options.max_length, "tokens of a text at most")
-      ->check(positive)
-      ->capture_default_str();
+  app.add_option("--max-length", options.max_length,
+                 "tokens of a text at most (default: 128, or the model's positions)")
+      ->check(positive);
   app.add_option("--lr", options.rate, "learning rate; a method's lr= goes before it")
       ->check(not_negative)
       ->capture_default_str();
@@ -100,7 +124,7 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
       ->check(positive)
       ->capture_default_str();
   app.add_option("--dropout", options.dropout, "of the base")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(number_from(0, 1))
       ->capture_default_str();
   app.add_option_function<std::string>(
          "--pooling",

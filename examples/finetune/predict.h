@@ -45,14 +45,14 @@ inline std::optional<Settings> settings_of(const UseOptions& options) {
   return Settings::read(options.adapter.value_or(options.model));
 }
 
-inline Task open(const UseOptions& options) {
+inline Task open(const UseOptions& options, bool trainable = false) {
   if (options.adapter) {
     std::error_code ignored;
     if (!fs::is_directory(*options.adapter, ignored)) {
       throw std::runtime_error(fmt::format("--adapter: there is no folder '{}'", options.adapter->string()));
     }
   }
-  auto task = Task::for_prediction(base_of(options), options.adapter, settings_of(options));
+  auto task = Task::for_prediction(base_of(options), options.adapter, settings_of(options), trainable);
   for (const auto& note : task.notes()) fmt::print(stderr, "note: {}\n", note);
   return task;
 }
@@ -82,7 +82,7 @@ inline void predict_inputs(const UseOptions& options, Task& task) {
     throw std::runtime_error(fmt::format("'{}' has no task head, so no logits (hint: --hidden or --embed)",
                                          options.model.string()));
   }
-  if (task.has_head()) batches.check_labels(task.labels());
+  batches.check(task.config(), task.has_head() ? task.labels() : 0);
   std::vector<std::pair<std::string, Tensor>> tensors;
   const torch::NoGradGuard no_grad;
   for (int64_t i = 0; i < batches.count(); ++i) {
@@ -126,7 +126,7 @@ inline void predict_texts(const UseOptions& options, Task& task) {
   const auto length = std::min(options.max_length.value_or(settings ? settings->max_length : usual_length),
                                task.config().max_position_embeddings());
   const auto data = texts_of(options);
-  const auto tokenizer = read_tokenizer(options.model);
+  const auto tokenizer = read_tokenizer(options.model, task.config());
   const auto examples = encode(tokenizer, data, length);
   size_t width = 0, right = 0, known = 0;
   for (const auto& label : labels) width = std::max(width, label.size());
@@ -198,10 +198,12 @@ inline void merge(const UseOptions& options) {
   const auto settings = internal::settings_of(options);
   if (task.adapter()) peft::merge(*task.model(), /*keep=*/false);
   peft::models::SaveOptions save;
+  // A head outside the model still has its labels in the config, unless one inside has others there.
+  if (settings && (!task.has_pooled_head() || !internal::has_classifier(options.model)))
+    save.labels(settings->labels);
   const bool classifier = task.has_head() && !task.has_pooled_head();
   if (classifier) {
     save.architecture("BertForSequenceClassification").new_head(true);
-    if (settings) save.labels(settings->labels);
   }
   peft::StagedDirectory staged(options.out, options.overwrite);
   peft::models::save_pretrained(*task.model(), staged.path(), options.model, save);
@@ -213,7 +215,8 @@ inline void merge(const UseOptions& options) {
 
 /// What is adapted, what it counts and weighs.
 inline void info(const UseOptions& options) {
-  const auto task = internal::open(options);
+  // As when it is trained on: what an adapter trains is what one wants to know of it.
+  const auto task = internal::open(options, /*trainable=*/true);
   fmt::print("{}", peft::summary(*task.model()).text);
   if (task.has_pooled_head()) {
     fmt::print("head on mean-pooled states: {} weights\n",

@@ -152,7 +152,7 @@ class Task {
   /// The base as it is, or with the adapter of a folder, to be evaluated. `settings`: of the adapter's
   /// folder, else of the model's. Without any head there are no logits.
   static Task for_prediction(const BaseOptions& base, const std::optional<fs::path>& adapter,
-                             const std::optional<Settings>& settings) {
+                             const std::optional<Settings>& settings, bool trainable = false) {
     Task task(base);
     const bool pooled = settings && settings->pooling == Pooling::mean;
     const bool classifier = adapter && !settings
@@ -173,7 +173,7 @@ class Task {
       task.make_head();
       task.read_head(adapter.value_or(base.folder));
     }
-    if (adapter) task.load(*adapter, /*trainable=*/false);
+    if (adapter) task.load(*adapter, trainable);
     task.finish();
     return task;
   }

@@ -36,7 +36,8 @@ struct TrainOptions {
   std::string method;
   std::vector<std::string> targets;
   int64_t epochs = 0, steps = 0;  ///< one of them, or neither
-  int64_t batch_size = 32, max_length = 128, accumulate = 1, checkpoint_every = 100;
+  int64_t batch_size = 32, accumulate = 1, checkpoint_every = 100;
+  std::optional<int64_t> max_length;      ///< without one 128, or the model's positions where these are fewer
   int64_t train_rows = 0, test_rows = 0;  ///< the first so many; 0 for all
   double rate = 1e-3;
   std::optional<double> head_rate;
@@ -146,32 +147,51 @@ inline text::Dataset read_rows(const fs::path& path, int64_t most) {
 /// What a run works on.
 struct RunData {
   std::vector<std::string> labels;
+  int64_t max_length = 0;
   std::unique_ptr<Batches> train, test;
 };
 
 inline RunData read_data(const TrainOptions& options) {
   RunData data;
   constexpr int64_t evaluation_batch = 64;
+  std::optional<peft::models::BertConfig> config;
+  bool pairs = false;
   const auto test_batches = [&]() -> std::unique_ptr<Batches> {
     if (options.test.empty()) return nullptr;
     if (options.test.extension() == ".safetensors") {
       auto batches = std::make_unique<FileBatches>(options.test, /*needs_labels=*/true);
-      batches->check_labels(static_cast<int64_t>(data.labels.size()));
+      batches->check(*config, static_cast<int64_t>(data.labels.size()));
       return batches;
     }
-    return std::make_unique<TextBatches>(text_batches(
-        read_tokenizer(options.model), read_rows(options.test, options.test_rows), text::Labels(data.labels),
-        options.max_length, {evaluation_batch, false, 0, /*by_length=*/true}));
+    const auto rows = read_rows(options.test, options.test_rows);
+    if (options.inputs.empty() && rows.pairs != pairs) {
+      throw std::runtime_error(fmt::format("--test: '{}' must have {} a row as --train has, but has {}",
+                                           options.test.string(), pairs ? "two texts" : "one text",
+                                           pairs ? "one" : "two"));
+    }
+    return std::make_unique<TextBatches>(text_batches(read_tokenizer(options.model, *config), rows,
+                                                      text::Labels(data.labels), data.max_length,
+                                                      {evaluation_batch, false, 0, /*by_length=*/true}));
+  };
+  const auto read_config = [&] {
+    constexpr int64_t usual_length = 128;
+    config = peft::models::BertConfig::read(options.model / "config.json");
+    const auto positions = config->max_position_embeddings();
+    data.max_length = options.max_length.value_or(std::min(usual_length, positions));
+    if (options.inputs.empty() && data.max_length > positions) {
+      throw std::runtime_error(fmt::format(
+          "--max-length must be at most {}, the model's positions, but got {}", positions, data.max_length));
+    }
   };
   if (!options.inputs.empty()) {
     auto batches = std::make_unique<FileBatches>(options.inputs, /*needs_labels=*/true);
-    const auto config = peft::models::BertConfig::read(options.model / "config.json");
+    read_config();
     const auto json = peft::internal::read_json_object(options.model / "config.json");
-    data.labels = config.labels();
+    data.labels = config->labels();
     const bool says = json.contains("id2label") || json.contains("num_labels");
-    for (auto i = config.num_labels(); !says && i < batches->classes(); ++i)
+    for (auto i = config->num_labels(); !says && i < batches->classes(); ++i)
       data.labels.push_back(fmt::format("LABEL_{}", i));
-    batches->check_labels(static_cast<int64_t>(data.labels.size()));
+    batches->check(*config, static_cast<int64_t>(data.labels.size()));
     data.train = std::move(batches);
     data.test = test_batches();
     return data;
@@ -179,12 +199,14 @@ inline RunData read_data(const TrainOptions& options) {
   // Rows first: a mistake in them is found at once.
   auto rows = text::read_tsv(options.train);
   const text::Labels labels(rows);
+  pairs = rows.pairs;
+  read_config();
   data.labels = class_names(labels, options);
   if (options.train_rows > 0 && rows.rows.size() > static_cast<size_t>(options.train_rows)) {
     rows.rows.resize(static_cast<size_t>(options.train_rows));
   }
   data.train = std::make_unique<TextBatches>(
-      text_batches(read_tokenizer(options.model), rows, text::Labels(data.labels), options.max_length,
+      text_batches(read_tokenizer(options.model, *config), rows, text::Labels(data.labels), data.max_length,
                    {options.batch_size, options.shuffle, options.seed, /*by_length=*/false}));
   data.test = test_batches();
   return data;
@@ -334,11 +356,6 @@ class Run {
   bool head_only() const { return method_ && method_->head_only(); }
 
   void check_sizes() const {
-    if (options_.inputs.empty() && options_.max_length > task_->config().max_position_embeddings()) {
-      throw std::runtime_error(
-          fmt::format("--max-length must be at most {}, the model's positions, but got {}",
-                      task_->config().max_position_embeddings(), options_.max_length));
-    }
     if (data_.test && task_->labels() < 2) {
       throw std::runtime_error("--test: accuracy needs two classes, but the model has one output");
     }
@@ -484,7 +501,7 @@ class Run {
   }
 
   nlohmann::ordered_json settings(bool whole) const {
-    auto json = Settings{data_.labels, options_.pooling, options_.max_length}.to_json();
+    auto json = Settings{data_.labels, options_.pooling, data_.max_length}.to_json();
     json["method"] = row_.method;
     json["step"] = done_;
     if (best_step_ > 0) {
