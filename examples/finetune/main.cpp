@@ -23,21 +23,9 @@ using finetune::Pooling;
 using finetune::TrainOptions;
 using finetune::UseOptions;
 
-/// Where a first line only counts the problems, the first of them joins it: the first line names what is at
-/// fault.
-std::string with_culprit(const std::string& what) {
-  const auto end = what.find('\n');
-  if (end == std::string::npos || !what.substr(0, end).ends_with(" problems")) return what;
-  const auto begin = what.find_first_not_of(' ', end + 1);
-  const auto next = std::min(what.find('\n', begin), what.size());
-  return what.substr(0, end) + ": " + what.substr(begin, next - begin) + what.substr(next);
-}
-
 /// Does the work and says what goes wrong; returns the exit status.
 int guarded(const std::function<void()>& work) {
-  const auto complain = [](const std::string& what) {
-    fmt::print(stderr, "peft-finetune: {}\n", with_culprit(what));
-  };
+  const auto complain = [](const std::string& what) { fmt::print(stderr, "peft-finetune: {}\n", what); };
   try {
     work();
     if (std::fflush(stdout) != 0) throw std::runtime_error("standard output cannot be written");

@@ -59,8 +59,9 @@ class StrictJson {
     constexpr std::size_t most_shown = 20;
     if (problems_.empty()) return;
     if (problems_.size() == 1) throw std::runtime_error(fmt::format("{}: {}", path_.string(), problems_[0]));
-    std::string message = fmt::format("{}: has {} problems", path_.string(), problems_.size());
-    for (std::size_t i = 0; i < std::min(problems_.size(), most_shown); ++i) message += "\n  " + problems_[i];
+    std::string message =
+        fmt::format("{}: has {} problems: {}", path_.string(), problems_.size(), problems_[0]);
+    for (std::size_t i = 1; i < std::min(problems_.size(), most_shown); ++i) message += "\n  " + problems_[i];
     if (problems_.size() > most_shown) {
       message += fmt::format("\n  and {} more", problems_.size() - most_shown);
     }

@@ -268,7 +268,7 @@ TEST_CASE("All wrong entries are listed at once", "[safetensors]") {
   const auto text = refusal(file_of("{\"a\":" + entry("F31", "[2]", "[0,8]") +
                                         ",\"b\":" + entry("F32", "[3]", "[8,16]") + ",\"c\":" + one + "}",
                                     16));
-  CHECK_THAT(text, Contains("3 problems\n  'a': its dtype") && Contains("\n  'b': F32 (3) needs 12") &&
+  CHECK_THAT(text, Contains("3 problems: 'a': its dtype") && Contains("\n  'b': F32 (3) needs 12") &&
                        Contains("\n  'c': bytes 0 to 8 overlap"));
 }
 

@@ -272,7 +272,7 @@ TEST_CASE("All problems come at once and nothing has changed", "[add_adapter]") 
                                      peft::on(peft::BiasOptions(), named({"embed"}))},
                                     "a.b");
                 },
-                {"add_adapter: 9 problems\n", "no module matches target 'kez'", "hold a dot", "'a.b'",
+                {"add_adapter: 9 problems: ", "no module matches target 'kez'", "hold a dot", "'a.b'",
                  "'encoder.layer.2.norm' cannot take 'lora'", "'encoder.layer.0.dense' matches but",
                  "'embed' cannot take 'bias'"});
   const auto add = [&](const std::string& name) {

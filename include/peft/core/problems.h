@@ -22,16 +22,17 @@ class Problems {
  public:
   void add(std::string line) { lines_.push_back(std::move(line)); }
   bool empty() const { return lines_.empty(); }
+  const std::vector<std::string>& lines() const { return lines_; }
   size_t size() const { return lines_.size(); }
 
-  /// Throws c10::ValueError when there is anything to say: a lone problem on the first line, several below
-  /// it, at most 20 of them.
+  /// Throws c10::ValueError when there is anything to say: the first problem on the first line, the others
+  /// below it, at most 20 of them.
   void raise(const std::string& title) const {
     if (lines_.empty()) return;
     if (lines_.size() == 1) TORCH_CHECK_VALUE(false, title, ": ", lines_.front());
     constexpr size_t most = 20;
-    std::string text = title + ": " + std::to_string(lines_.size()) + " problems";
-    for (size_t i = 0; i < std::min(most, lines_.size()); ++i) text += "\n  " + lines_[i];
+    std::string text = title + ": " + std::to_string(lines_.size()) + " problems: " + lines_.front();
+    for (size_t i = 1; i < std::min(most, lines_.size()); ++i) text += "\n  " + lines_[i];
     if (lines_.size() > most) text += "\n  and " + std::to_string(lines_.size() - most) + " more";
     TORCH_CHECK_VALUE(false, text);
   }

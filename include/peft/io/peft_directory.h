@@ -91,25 +91,23 @@ inline std::filesystem::path adapter_folder(const std::filesystem::path& directo
               (directory / name / config_file_name).string(), "'");
 }
 
-/// Adds the problems an error of `add_adapter` lists.
+/// Adds the problems an error of `add_adapter` lists: one on its first line, the others below.
 inline void add_lines(Problems& problems, const c10::Error& error) {
   std::string text = error.what_without_backtrace();
-  const auto first = text.find("\n  ");
-  if (first == std::string::npos) return problems.add(text.substr(text.find(": ") + 2));
-  for (auto at = first; at != std::string::npos;) {
-    const auto next = text.find("\n  ", at + 3);
-    problems.add(text.substr(at + 3, next == std::string::npos ? next : next - at - 3));
-    at = next;
+  constexpr const char* count = " problems: ";
+  const auto counted = text.find(count);
+  text = counted == std::string::npos ? text.substr(text.find(": ") + 2)
+                                      : text.substr(counted + std::string(count).size());
+  for (size_t at = 0; at != std::string::npos;) {
+    const auto next = text.find("\n  ", at);
+    problems.add(text.substr(at, next == std::string::npos ? next : next - at));
+    at = next == std::string::npos ? next : next + 3;
   }
 }
 
 /// Adds one list of problems to another. Returns false if there were any.
 inline bool absorb(Problems& problems, const Problems& more) {
-  try {
-    more.raise("more");
-  } catch (const c10::Error& error) {
-    add_lines(problems, error);
-  }
+  for (const auto& line : more.lines()) problems.add(line);
   return more.empty();
 }
 
