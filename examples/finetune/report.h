@@ -64,6 +64,24 @@ inline std::string csv_field(std::string_view text) {
   return field + "\"";
 }
 
+/// The methods as a table has room for: long ones cut, unless two would look alike.
+inline std::vector<std::string> labels(const std::vector<ResultRow>& rows) {
+  constexpr std::size_t widest = 40;
+  std::vector<std::string> full, cut;
+  for (const ResultRow& row : rows) {
+    full.push_back(text::replace_invalid_utf8(row.method));
+    std::string label = full.back();
+    while (display_width(label) >= widest) {
+      while ((static_cast<unsigned char>(label.back()) & 0xC0) == 0x80) label.pop_back();
+      label.pop_back();
+    }
+    cut.push_back(label == full.back() ? label : label + "…");
+  }
+  auto sorted = cut;
+  std::sort(sorted.begin(), sorted.end());
+  return std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end() ? cut : full;
+}
+
 }  // namespace internal
 
 /// The rows as a table for people: the method to the left, figures to the right, columns aligned as a
@@ -71,8 +89,10 @@ inline std::string csv_field(std::string_view text) {
 inline std::string table(const std::vector<ResultRow>& rows) {
   std::vector<std::vector<std::string>> cells = {
       {"method", "trainable", "%", "accuracy", "s/step", "peak memory", "adapter", "time"}};
-  for (const ResultRow& row : rows) {
-    cells.push_back({text::replace_invalid_utf8(row.method), internal::grouped(row.trainable),
+  const auto labels = internal::labels(rows);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const ResultRow& row = rows[i];
+    cells.push_back({labels[i], internal::grouped(row.trainable),
                      fmt::format("{:.{}f}", row.percent, row.percent < 1 ? 3 : 2),
                      std::isfinite(row.accuracy) && !row.accuracy_curve.empty()
                          ? fmt::format("{:.2f} %", 100 * row.accuracy)

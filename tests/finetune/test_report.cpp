@@ -82,6 +82,13 @@ TEST_CASE("A table's columns line up as a terminal shows them", "[report]") {
   CHECK(lines[3] ==
         "\u6F22\u5B57 e\u0301       1 234 567  5.43         -   0.125            -  1.5 KiB  1:15");
   CHECK(lines_of(finetune::table({})).size() == 2);
+
+  // A long method is cut, unless two would then look alike.
+  const std::string lora = "lora:rank=8,alpha=16,targets=[query,key,value],lr=";
+  const auto cut = finetune::table({example_row(lora + "1"), example_row("head")});
+  CHECK_THAT(cut, Contains("lora:rank=8,alpha=16,targets=[query,key…") && !Contains("lr=1"));
+  const auto both = finetune::table({example_row(lora + "1"), example_row(lora + "2")});
+  CHECK_THAT(both, Contains("lr=1") && Contains("lr=2"));
 }
 
 TEST_CASE("A CSV's fields are quoted where RFC 4180 asks for it and its numbers come back as they were",
