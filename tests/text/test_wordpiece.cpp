@@ -180,5 +180,5 @@ TEST_CASE("All problems of a tokenizer.json are listed at once, at most twenty",
   const std::string two = error_of(tokenizer.dump());
   CHECK_THAT(two, Contains("has 2 problems: ") && Contains("normalizer.type") && Contains("model.unk_token"));
   for (auto& id : tokenizer["model"]["vocab"]) id = "no number";
-  CHECK_THAT(error_of(tokenizer.dump()), Contains("problems\n") && Contains("more"));
+  CHECK_THAT(error_of(tokenizer.dump()), Contains("problems: ") && Contains("more"));
 }
