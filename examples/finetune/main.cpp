@@ -118,6 +118,7 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
          "--pooling",
          [&options](const std::string& name) {
            options.pooling = name == "mean" ? Pooling::mean : Pooling::cls;
+           options.pooling_given = true;
          },
          "what the head sees: cls (the pooler's output, the default) or mean (of all tokens)")
       ->check(CLI::IsMember({"cls", "mean"}));

@@ -312,9 +312,13 @@ inline Method parse_method(const std::string& text, const std::vector<std::strin
   if (!head.empty() && std::find(place.saved.begin(), place.saved.end(), head) == place.saved.end()) {
     place.saved.push_back(head);
   }
-  method.parts = entry.parts(values, place);
-  if (!method.parts.empty() && !place.saved.empty()) {
-    method.parts.push_back(peft::on(peft::ReplaceOptions(), peft::named(place.saved)));
+  try {
+    method.parts = entry.parts(values, place);
+    if (!method.parts.empty() && !place.saved.empty()) {
+      method.parts.push_back(peft::on(peft::ReplaceOptions(), peft::named(place.saved)));
+    }
+  } catch (const c10::Error& error) {
+    throw std::runtime_error(fmt::format("--method {}: {}", name, error.what_without_backtrace()));
   }
   return method;
 }

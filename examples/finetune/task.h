@@ -183,7 +183,11 @@ class Task {
   void attach(const Method& method) {
     auto parts = method.parts;
     if (parts.empty() && classifier_) parts = {peft::on(peft::ReplaceOptions(), peft::named({"classifier"}))};
-    if (!parts.empty()) adapter_ = peft::add_adapter(*model(), parts, adapter_name);
+    try {
+      if (!parts.empty()) adapter_ = peft::add_adapter(*model(), parts, adapter_name);
+    } catch (const c10::Error& error) {
+      throw std::runtime_error(fmt::format("--method {}: {}", method.name, error.what_without_backtrace()));
+    }
     if (pooled_) make_head();
     finish();
     if (pooled_) train_head();

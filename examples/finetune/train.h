@@ -45,6 +45,7 @@ struct TrainOptions {
   double warmup = 0;  ///< steps; below 1 a part of all
   double weight_decay = 0.01, clip = 1.0, dropout = 0;
   Pooling pooling = Pooling::cls;
+  bool pooling_given = false;  ///< else that of `init_adapter`, if it says
   uint64_t seed = 0;
   std::string device = "cpu", dtype;
   bool shuffle = true, resume = false, overwrite = false;
@@ -309,6 +310,7 @@ class Run {
     }
     if (!options_.init_adapter.empty()) {
       init_rate_ = internal::rate_beside_adapter(options_.method, options_.init_adapter);
+      go_on_as_trained();
     } else {
       method_ = parse_method(options_.method, options_.targets,
                              options_.pooling == Pooling::cls ? "classifier" : "");
@@ -351,6 +353,24 @@ class Run {
     }
     if (!options_.log.empty()) log_ = std::make_unique<StepLog>(options_.log, done_);
     describe();
+  }
+
+  /// Takes over what the folder of `--init-adapter` says of its run, and refuses what contradicts it.
+  void go_on_as_trained() {
+    const auto folder = options_.init_adapter.string();
+    if (!options_.targets.empty()) {
+      throw std::runtime_error(fmt::format(
+          "--targets: the config in '{}' says the targets (hint: leave --targets out beside --init-adapter)",
+          folder));
+    }
+    const auto settings = Settings::read(options_.init_adapter);
+    if (!settings) return;
+    if (options_.pooling_given && options_.pooling != settings->pooling) {
+      throw std::runtime_error(fmt::format("--pooling {}: the adapter in '{}' was trained with {}",
+                                           to_string(options_.pooling), folder,
+                                           to_string(settings->pooling)));
+    }
+    options_.pooling = settings->pooling;
   }
 
   bool head_only() const { return method_ && method_->head_only(); }

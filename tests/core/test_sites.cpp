@@ -378,6 +378,12 @@ TEST_CASE("Each row of a batch can use its own adapter", "[rows]") {
   }
   CHECK_THROWS_WITH(peft::RowAdapters(Names{}), Contains("expected one adapter name a row"));
   {
+    peft::Linear bare(4, 4);  // names are checked where no adapter is, too
+    bare->eval();
+    const peft::RowAdapters unknown({"german", "german"});
+    CHECK_THROWS_WITH(bare->forward(torch::ones({2, 4})), Contains("no adapter 'german' in this model"));
+  }
+  {
     const auto off = peft::disabled(*model);
     const auto plain = model->forward(x);
     const peft::RowAdapters base(Names(5, "__base__"));

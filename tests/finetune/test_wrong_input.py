@@ -296,6 +296,9 @@ def add_adapter_cases(cases):
                                                         "--init-adapter", cases.adapter, "--out", "OUT"],
               "adapter_model.safetensors")
     cases.train_with("adapter: trained on with another rank", "rank", extra=["--init-adapter", cases.adapter])
+    onward = ["train", "--model", cases.model, "--train", cases.train, "--init-adapter", cases.adapter]
+    cases.add("adapter: targets beside it", [*onward, "--targets", "query", "--out", "OUT"], "--targets")
+    cases.add("adapter: another pooling than its own", [*onward, "--pooling", "mean", "--out", "OUT"], "--pooling mean")
     cases.add("adapter: for another base, info", ["info", "--model", cases.wider, "--adapter", cases.adapter],
               "adapter_model.safetensors")
     for key, value in [("r", -1), ("r", 0), ("r", "eight"), ("r", 2.5), ("lora_alpha", "much"), ("lora_dropout", 2),

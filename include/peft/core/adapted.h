@@ -234,11 +234,10 @@ class LayerSite : public SiteImpl {
   Tensor chain(const Tensor& x) {
     const auto* rows = RowAdapters::current();
     TORCH_CHECK(!rows || !is_merged(), "RowAdapters: '", path(), "' is merged (hint: unmerge first)");
-    const auto set = active_set();
     const internal::BaseView<Layer> view(base);
-    if (!set) return view.forward(x);
-    if (rows) return mixed(x, *rows, *set, view);
-    return compose(x, set->active, view);
+    if (rows) return mixed(x, *rows, *ForwardScope::active(activation()), view);
+    const auto set = active_set();
+    return set ? compose(x, set->active, view) : view.forward(x);
   }
 
  private:
@@ -264,7 +263,7 @@ class LayerSite : public SiteImpl {
       groups[rows[i]].push_back(static_cast<int64_t>(i));
       touched = touched || !pieces(rows[i]).empty();
     }
-    if (!touched) return view.forward(x);
+    if (!touched || !set.enabled) return view.forward(x);
     TORCH_CHECK_VALUE(x.size(0) == static_cast<int64_t>(rows.size()), "RowAdapters: '", path(), "' expected ",
                       rows.size(), " rows, one a name, but got ", x.size(0));
     Tensor result;
