@@ -90,6 +90,7 @@ TEST_CASE("LoRA on a grouped convolution trains and refuses to merge", "[lora]")
   const auto from = site->named_parameters();
   for (auto& item : twin->named_parameters()) assign(item.value(), from[item.key()]);
   CHECK(torch::equal(circular.forward(*site, circular.input), twin->forward(circular.input)));
+  check_properties(circular, lora(LoraOptions(2)));
 }
 
 TEST_CASE("LoRA on stacked projections adapts the enabled blocks only", "[lora]") {

@@ -300,9 +300,9 @@ class Comparison:
 
     def run(self):
         self.make_bases()
-        todo = [case for case in cases() if not self.only or self.only in f"{case.base}: {case.name}"]
+        pending = [case for case in cases() if not self.only or self.only in f"{case.base}: {case.name}"]
         jobs, python = [], []
-        for i, case in enumerate(todo):
+        for i, case in enumerate(pending):
             folder = self.path(f"case{i}")
             os.makedirs(folder)
             python.append(self.make_python(case, f"{folder}/python"))
@@ -318,7 +318,7 @@ class Comparison:
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         if done.returncode != 0 or len(answers) != len(jobs):
             raise RuntimeError(f"the tool ended with {done.returncode} after {len(answers)} jobs: {done.stderr[-2000:]}")
-        for i, case in enumerate(todo):
+        for i, case in enumerate(pending):
             row = {"name": f"{case.base}: {case.name}"}
             self.rows.append(row)
             try:

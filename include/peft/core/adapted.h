@@ -158,7 +158,9 @@ class LayerSite : public SiteImpl {
         "' has no bias to take the adapter's (hint: LoraOptions::lora_bias needs a base bias to merge)");
     if (keep) kept_ = Weights{alias(now.weight), alias(now.bias)};
     const auto put = [](Tensor parameter, const Tensor& value) {
-      if (parameter.defined()) parameter.set_data(value.to(parameter.options()).contiguous());
+      if (!parameter.defined() || value.is_same(parameter)) return;
+      // A copy: the values may be a piece's own tensors.
+      parameter.set_data(value.to(parameter.options(), /*non_blocking=*/false, /*copy=*/true).contiguous());
     };
     put(now.weight, weights.weight);
     put(now.bias, weights.bias);

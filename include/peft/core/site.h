@@ -150,6 +150,8 @@ class SiteImpl : public nn::Module {
 
   /// Reads a checkpoint that may come from the plain layer, so lack the adapters.
   void load(torch::serialize::InputArchive& archive) override {
+    TORCH_CHECK(!is_merged(), "load: '", path_,
+                "' is merged, and unmerge would undo it (hint: unmerge first)");
     for (auto& item : named_parameters(/*recurse=*/false)) archive.read(item.key(), item.value());
     for (auto& item : named_buffers(/*recurse=*/false))
       archive.read(item.key(), item.value(), /*is_buffer=*/true);

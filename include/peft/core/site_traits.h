@@ -157,9 +157,9 @@ struct SiteTraits<nn::LayerNorm> {
 namespace internal {
 
 /// Convolutions of one to three dimensions: y = W ∗ x + b, W (O, C / groups, *kernel). A low-rank A keeps the
-/// layer's kernel, stride, padding and dilation, has no groups; B is a 1×1 convolution with the layer's
-/// groups. Hugging Face's A drops the dilation, so that its forward fails or differs from its merge; ours
-/// keeps it.
+/// layer's kernel, stride, padding, padding mode and dilation, has no groups; B is a 1×1 convolution with the
+/// layer's groups. Hugging Face's A drops dilation and padding mode, so that its forward fails or differs
+/// from its merge; ours keeps them.
 template <class Holder, int dims>
 struct ConvTraits {
   using Options = nn::detail::ConvNdOptions<dims>;
@@ -175,7 +175,9 @@ struct ConvTraits {
   }
   static Tensor low_rank(const Holder& layer, const Tensor& x, const Tensor& A, const Tensor& B) {
     const auto& o = layer->options;
-    const auto h = convolve(x, A, {}, o, o.padding(), 1);
+    const bool zeros = holds_alternative<torch::enumtype::kZeros>(o.padding_mode());
+    const auto h = zeros ? convolve(x, A, {}, o, o.padding(), 1)
+                         : convolve(pad(x, o), A, {}, o, torch::ExpandingArray<dims>(0), 1);
     const nn::functional::ConvFuncOptions<dims> pointwise =
         nn::functional::ConvFuncOptions<dims>().groups(o.groups());
     return run(h, B, pointwise);

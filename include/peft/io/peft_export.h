@@ -141,6 +141,9 @@ class PeftExporter {
         break;
       }
     }
+    if (std::any_of(loras_.begin(), loras_.end(), [](const Entry& e) { return lora(e).scale() != 1.0; })) {
+      notes_.push_back("the adapter's scale is not written: loaded, it is 1 again");
+    }
     if (std::any_of(loras_.begin(), loras_.end(),
                     [](const Entry& e) { return blocks(lora(e).options) > 1; })) {
       notes_.push_back(
@@ -236,6 +239,8 @@ class PeftExporter {
 
   bool pattern_says_it() {
     const auto& first = *loras_.front().origin;
+    // Everything, as `all()` means it, is everything that takes a LoRA: Python's would be all modules.
+    if (first.pattern == every_path) return false;
     if (first.pattern.empty() || !first.exclude.empty() || !reads_alike_in_python(first.pattern))
       return false;
     const std::regex expression(first.pattern);

@@ -56,7 +56,7 @@ inline std::vector<std::string> default_lora_targets(const std::string& model_ty
 /// The modules of a model, with the sites that plain layers of a Sequential would become.
 class ModuleFinder {
  public:
-  explicit ModuleFinder(nn::Module& model) : nodes_(walk(model)) {
+  explicit ModuleFinder(nn::Module& model) : nodes_(walk(model, /*learn_paths=*/true)) {
     Plan never_committed;
     for (auto& node : nodes_) {
       if (!node.site) become_site(node, never_committed);

@@ -170,11 +170,13 @@ inline bool has_adamw_loop(const Tensor& values) {
   return values.is_cpu() && (values.scalar_type() == torch::kFloat || values.scalar_type() == torch::kDouble);
 }
 
-/// Σ x² of a contiguous range: a scalar in double on the CPU for float and double, else in float on the
-/// device.
+/// Σ x² of a contiguous range: a scalar in double on the CPU for float and double, else on the
+/// device, in float or wider.
 inline Tensor sum_of_squares(const Tensor& x) {
   if (!has_adamw_loop(x)) {
-    return torch::linalg_vector_norm(x, 2, c10::nullopt, false, torch::kFloat).square();
+    return torch::linalg_vector_norm(x, 2, c10::nullopt, false,
+                                     x.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat)
+        .square();
   }
   std::vector<double> partial(static_cast<size_t>((x.numel() + adamw_block - 1) / adamw_block));
   const auto run = [&](const auto* data) {

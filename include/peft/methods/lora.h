@@ -80,7 +80,10 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   Weights effective(const Weights& weights, const LayerView& layer) const override {
     const auto why = not_mergeable();
     TORCH_CHECK(why.empty(), "'", site().path, "': ", why);
-    const auto BA = at::mm(full_B().flatten(1), lora_A.flatten(1)) * scaling();
+    // Half types on the CPU are multiplied in float32 and rounded once, as the reference does.
+    const bool widen = lora_A.is_cpu() && lora_A.element_size() < 4;
+    const auto type = widen ? torch::kFloat32 : lora_A.scalar_type();
+    const auto BA = at::mm(full_B().flatten(1).to(type), lora_A.flatten(1).to(type)) * scaling();
     auto weight = weights.weight + layer.fold(BA).to(weights.weight.scalar_type());
     if (!lora_B_bias.defined()) return {weight, weights.bias};
     return {weight, weights.bias + (lora_B_bias * scaling()).to(weights.bias.scalar_type())};
@@ -106,6 +109,7 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   }
   bool scalable() const override { return true; }
   void set_scale(double factor) override { factor_ = factor; }
+  double scale() const { return factor_; }
   /// s, with the adapter's `scale` in it.
   double scaling() const {
     const auto r = static_cast<double>(rank);
@@ -115,7 +119,11 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   void pretty_print(std::ostream& stream) const override {
     stream << "peft::Lora(rank=" << rank << ", alpha=" << alpha << ", dropout=" << options.dropout() << ")";
   }
-  void copy_state(const LoraImpl& other) { factor_ = other.factor_; }
+  void copy_state(const LoraImpl& other) {
+    rank = other.rank;
+    alpha = other.alpha;
+    factor_ = other.factor_;
+  }
 
   /// B with a row for every output: with `enable`, block-diagonal in the enabled blocks, zero rows elsewhere.
   Tensor full_B() const;

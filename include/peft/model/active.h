@@ -30,7 +30,7 @@ inline void require_known(const ActiveSet& set, const std::string& name, const c
 
 /// The handle on an adapter the model carries already (after `clone`, or in another function).
 inline Adapter adapter(nn::Module& model, const std::string& name) {
-  const auto nodes = internal::walk(model);
+  const auto nodes = internal::walk(model, /*learn_paths=*/true);
   internal::require_known(*internal::activation_of(nodes, "adapter")->get(), name, "adapter");
   std::shared_ptr<AdapterRecord> record;
   for (const auto& node : nodes) {
@@ -192,7 +192,7 @@ std::shared_ptr<Model> clone(Model& model) {
   TORCH_CHECK(from.size() == into.size(), "clone: this model's clone() has ", into.size(),
               " parameters, expected ", from.size());
   for (size_t i = 0; i < from.size(); ++i) into[i].set_requires_grad(from[i].requires_grad());
-  internal::walk(*copy);
+  internal::walk(*copy, /*learn_paths=*/true);
   return copy;
 }
 

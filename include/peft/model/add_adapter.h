@@ -205,7 +205,7 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
                          bool extends) {
   Plan plan;
   plan.model = &model;
-  plan.nodes = walk(model);
+  plan.nodes = walk(model, /*learn_paths=*/true);
   Problems problems;
   bool known = false, sited = false;
   for (const auto& node : plan.nodes) {

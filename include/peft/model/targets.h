@@ -39,6 +39,7 @@ class Target {
   /// Face's `layers_to_transform` and `layers_pattern`.
   Target layers(std::vector<int64_t> indices, std::vector<std::string> patterns = {}) const {
     TORCH_CHECK_VALUE(!origin_->names.empty(), "Target::layers: expected a target made by named({…})");
+    for (const auto& pattern : patterns) internal::check_pattern("Target::layers", pattern);
     auto result = *this;
     result.origin_ = std::make_shared<Origin>(*origin_);
     result.origin_->layers = std::move(indices);
@@ -126,10 +127,30 @@ inline std::shared_ptr<Activation> common_activation(const std::vector<Node>& no
   return activation;
 }
 
+/// Adds the adapters that only other sites' activations know: parts of a model that were adapted apart.
+inline void adopt(const std::shared_ptr<Activation>& activation, const std::vector<Node>& nodes) {
+  if (!activation) return;
+  auto set = *activation->get();
+  const auto before = set.known.size();
+  for (const auto& node : nodes) {
+    if (!node.site || node.site->activation() == activation) continue;
+    const auto other = node.site->activation()->get();
+    for (const auto& name : other->known) {
+      if (set.knows(name) || node.site->pieces(name).empty()) continue;
+      set.known.push_back(name);
+      const bool active = std::find(other->active.begin(), other->active.end(), name) != other->active.end();
+      if (active) set.active.push_back(name);
+    }
+  }
+  if (set.known.size() > before) activation->set(std::move(set));
+}
+
 /// Every module of a model, each once, parents before children, in the order of registration; adapters left
-/// out. Sites learn their paths, and come to share one activation and one record an adapter (a plain `clone`
-/// gives each its own).
-inline std::vector<Node> walk(nn::Module& model) {
+/// out. Sites come to share one activation and one record an adapter (a plain `clone` gives each its own).
+/// `learn_paths`: their paths in this model become the ones that files and messages name them by; for verbs
+/// that make or look up a handle, so that one on a part of the model does not rename what was adapted as a
+/// whole.
+inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
   std::vector<Node> nodes;
   if (auto* self = dynamic_cast<SiteImpl*>(&model)) {
     auto shared = std::dynamic_pointer_cast<SiteImpl>(self->shared_from_this());
@@ -140,13 +161,14 @@ inline std::vector<Node> walk(nn::Module& model) {
   std::map<std::string, std::shared_ptr<AdapterRecord>> records;
   for (const auto& node : nodes) {
     if (!node.site) continue;
-    if (node.site->path() != node.path) node.site->set_path(node.path);
+    if (learn_paths && node.site->path() != node.path) node.site->set_path(node.path);
     for (const auto& name : node.site->adapters()) {
       const auto record = records.emplace(name, node.site->pieces(name).front().record).first->second;
       if (node.site->pieces(name).front().record != record) node.site->set_record(name, record);
     }
   }
   const auto activation = common_activation(nodes);
+  adopt(activation, nodes);
   for (const auto& node : nodes) {
     if (node.site && node.site->activation() != activation) node.site->share(activation);
   }
