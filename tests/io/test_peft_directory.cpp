@@ -1,5 +1,8 @@
+#include <torch/torch.h>
+
 #include "peft/io/peft_directory.h"
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <set>
@@ -740,4 +743,26 @@ TEST_CASE("Python's regular expressions are read as they are meant", "[python_re
     CAPTURE(refused);
     CHECK_FALSE(to_ecmascript(refused).problem.empty());
   }
+}
+
+TEST_CASE("All layers of a flat model are written so that they are found again", "[peft_directory]") {
+  const TemporaryFolder folder;
+  const auto make = [] {
+    torch::manual_seed(1);
+    return torch::nn::Sequential(torch::nn::Linear(4, 4),
+                                 torch::nn::LayerNorm(torch::nn::LayerNormOptions({4})),
+                                 torch::nn::Linear(4, 2));
+  };
+  auto model = make(), again = make();
+  const auto adapter =
+      peft::add_adapter(*model, peft::LoraOptions(2).init(peft::LoraInit::random), peft::all(), "flat");
+  adapter.scale(0.5);
+  const auto notes = peft::save_adapter(adapter, folder / "out");
+  CHECK(std::any_of(notes.begin(), notes.end(), [](const std::string& line) {
+    return line.find("scale is not written") != std::string::npos;
+  }));
+  adapter.scale(1.0);
+  const auto x = torch::randn({3, 4});
+  CHECK(peft::load_adapter(*again, folder / "out", "flat").sites() == adapter.sites());
+  CHECK(torch::equal(again->forward(x), model->forward(x)));
 }

@@ -736,3 +736,27 @@ TEST_CASE("A layer registered under two names is one site", "[targets]") {
   CHECK(peft::summary(*model).trainable == 16);
   CHECK(model->first->path() == "first");
 }
+
+TEST_CASE("Parts of a model that were adapted apart keep their adapters and their names", "[active]") {
+  struct Both : torch::nn::Module {
+    Both() {
+      register_module("left", left);
+      register_module("right", right);
+    }
+    torch::Tensor forward(const torch::Tensor& x) { return right->forward(left->forward(x)); }
+    torch::nn::Sequential left{torch::nn::Linear(4, 4)}, right{torch::nn::Linear(4, 4)};
+  };
+  const auto both = std::make_shared<Both>();
+  const auto options = peft::LoraOptions(2).init(peft::LoraInit::random);
+  peft::add_adapter(*both->left, options, peft::all(), "a");
+  peft::add_adapter(*both->right, options, peft::all(), "b");
+  const auto x = torch::randn({3, 4});
+  const auto before = both->forward(x);
+  peft::summary(*both);
+  CHECK(torch::equal(both->forward(x), before));
+  CHECK(peft::active_adapters(*both) == std::vector<std::string>{"a", "b"});
+
+  const auto whole = peft::add_adapter(*both, options, peft::all(), "whole");
+  peft::summary(*both->left);
+  CHECK(whole.sites() == std::vector<std::string>{"left.0", "right.0"});
+}
