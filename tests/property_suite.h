@@ -126,6 +126,18 @@ inline void check_gradients(const LayerCase& layer_case, nn::Module& site, const
   }
 }
 
+/// Saves one module and loads the bytes into another.
+inline void through_archive(const nn::Module& from, nn::Module& to) {
+  torch::serialize::OutputArchive out;
+  from.save(out);
+  std::ostringstream bytes;
+  out.save_to(bytes);
+  std::istringstream again(bytes.str());
+  torch::serialize::InputArchive in;
+  in.load_from(again);
+  to.load(in);
+}
+
 /// The property suite of one method on one layer kind.
 inline void check_properties(const LayerCase& layer_case, const Promise& promise) {
   INFO(layer_case.name);
@@ -173,16 +185,6 @@ inline void check_properties(const LayerCase& layer_case, const Promise& promise
   CHECK(largest(run(*copy), adapted) > 0);
 
   // Archives: adapted → adapted, and plain → adapted.
-  const auto through_archive = [](const nn::Module& from, nn::Module& to) {
-    torch::serialize::OutputArchive out;
-    from.save(out);
-    std::ostringstream bytes;
-    out.save_to(bytes);
-    std::istringstream again(bytes.str());
-    torch::serialize::InputArchive in;
-    in.load_from(again);
-    to.load(in);
-  };
   auto fresh = layer_case.make();
   peft::add_adapter(*fresh, promise.parts, "one");
   through_archive(*site, *fresh);

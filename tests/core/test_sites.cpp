@@ -13,17 +13,6 @@ using Names = std::vector<std::string>;
 
 namespace {
 
-void through_archive(const nn::Module& from, nn::Module& to) {
-  torch::serialize::OutputArchive out;
-  from.save(out);
-  std::ostringstream bytes;
-  out.save_to(bytes);
-  std::istringstream again(bytes.str());
-  torch::serialize::InputArchive in;
-  in.load_from(again);
-  to.load(in);
-}
-
 /// The same model of plain layers and of sites, by its layer types; a plain nn::Module, without a clone().
 template <class Embedding, class Linear, class LayerNorm>
 struct TextImpl : nn::Module {
