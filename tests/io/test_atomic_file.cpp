@@ -246,11 +246,11 @@ TEST_CASE("A link stays a link and its target is replaced", "[atomic_file]") {
 
 TEST_CASE("A folder set aside by an interrupted commit is put back", "[atomic_file]") {
   const TemporaryFolder folder;
-  fs::create_directory(folder / ".out.old");
-  write_bytes(folder / ".out.old/a", "A");
+  fs::create_directory(folder / ".out.peft-old");
+  write_bytes(folder / ".out.peft-old/a", "A");
   StagedDirectory::recover(folder / "out");
   CHECK(read_bytes(folder / "out/a") == "A");
-  fs::create_directory(folder / ".out.old");
+  fs::create_directory(folder / ".out.peft-old");
   StagedDirectory::recover(folder / "out");
   CHECK(read_bytes(folder / "out/a") == "A");
   CHECK(folder.count() == 1);

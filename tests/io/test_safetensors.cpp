@@ -315,3 +315,13 @@ TEST_CASE("Tensors on a GPU are saved from there", "[safetensors]") {
   save_safetensors(folder / "x.safetensors", {{"a", values.to(torch::kCUDA).t()}});
   CHECK(torch::equal(load_safetensors(folder / "x.safetensors").at("a"), values.t()));
 }
+
+TEST_CASE("Writing to a tensor of a mapped file leaves the file as it is", "[safetensors]") {
+  const TemporaryFolder folder;
+  save_safetensors(folder / "x.safetensors", {{"w", torch::ones({4})}});
+  const auto before = read_bytes(folder / "x.safetensors");
+  auto w = load_safetensors(folder / "x.safetensors").at("w");
+  w.mul_(3);
+  CHECK(torch::equal(w, torch::full({4}, 3.0)));
+  CHECK(read_bytes(folder / "x.safetensors") == before);
+}

@@ -307,7 +307,7 @@ class StagedDirectory {
   }
 
   static std::filesystem::path set_aside_name(const std::filesystem::path& path) {
-    return internal::folder_of(path) / ("." + path.filename().string() + ".old");
+    return internal::folder_of(path) / ("." + path.filename().string() + ".peft-old");
   }
 
   void check_target() const {

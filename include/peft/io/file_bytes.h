@@ -38,7 +38,8 @@ class FileBytes {
       }
       size_ = static_cast<size_t>(info.st_size);
       if (size_ > 0) {
-        void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
+        // Private: a page that is written to becomes the process's own, the file stays as it is.
+        void* address = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE, descriptor, 0);
         const int reason = errno;
         ::close(descriptor);
         TORCH_CHECK(address != MAP_FAILED, complaint, errno_text(reason));

@@ -30,8 +30,8 @@ static_assert(std::endian::native == std::endian::little,
 /// A safetensors file open for reading. The header is checked in full before any data is touched: a file
 /// whose names, shapes, types and ranges do not describe its data exactly, byte for byte, is refused.
 ///
-/// Tensors are views of the mapped file, which stays mapped as long as one of them lives. **That memory is
-/// read-only: writing to such a tensor ends the program; clone it first.** The file must not be changed in
+/// Tensors are views of the mapped file, which stays mapped as long as one of them lives. Writing to
+/// such a tensor copies the pages it touches and leaves the file as it is. The file must not be changed in
 /// place meanwhile; AtomicFile, which replaces files, is safe.
 ///
 /// Throws: c10::Error naming the file, and every tensor at fault.
@@ -185,7 +185,7 @@ class SafetensorsFile {
   std::map<std::string, Entry> entries_;
 };
 
-/// Every tensor of a file, as `SafetensorsFile::tensor` gives them: read-only views of the mapped file.
+/// Every tensor of a file, as `SafetensorsFile::tensor` gives them: views of the mapped file.
 inline std::map<std::string, Tensor> load_safetensors(const std::filesystem::path& path) {
   const SafetensorsFile file(path);
   std::map<std::string, Tensor> tensors;

@@ -213,7 +213,7 @@ inline std::string name_some(const std::vector<std::string>& names, size_t most 
 namespace models {
 
 /// Fills a model that carries no adapter with a folder's weights: mapped, not copied, where they have the
-/// type asked for; frozen, because mapped memory cannot be written to. Only the task head may be absent: it
+/// type asked for; frozen, as a base is. Only the task head may be absent: it
 /// is initialised, and named in a note. Heads of other models are left out with a note.
 ///
 /// Throws: c10::ValueError listing everything that is missing, extra, or of another shape or kind; the model
