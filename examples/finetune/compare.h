@@ -43,7 +43,8 @@ inline nlohmann::json to_json(const ResultRow& row) {
           {"adapter_bytes", row.adapter_bytes},
           {"train_seconds", row.train_seconds},
           {"loss", points(row.loss)},
-          {"accuracy_curve", points(row.accuracy_curve)}};
+          {"accuracy_curve", points(row.accuracy_curve)},
+          {"ranks", row.ranks.to_json()}};
 }
 
 inline ResultRow row_of(const nlohmann::json& json) {
@@ -63,6 +64,7 @@ inline ResultRow row_of(const nlohmann::json& json) {
   row.train_seconds = json.at("train_seconds").get<double>();
   row.loss = points("loss");
   row.accuracy_curve = points("accuracy_curve");
+  row.ranks = RankHistory::from_json(json.at("ranks"));
   return row;
 }
 
@@ -135,6 +137,23 @@ inline std::string in_child(const std::function<std::string()>& work,
   throw std::runtime_error(fmt::format("{} failed (see above); nothing is kept", name));
 }
 
+/// Throws where one of the methods does not fit the model, listing all that do not.
+inline void check_methods(const TrainOptions& options, const std::vector<std::string>& methods) {
+  const auto data = read_data(options);
+  const auto task =
+      Task::for_training({options.model, parse_dtype(options.dtype), options.dropout, torch::kCPU},
+                         options.pooling, static_cast<int64_t>(data.labels.size()));
+  std::string problems;
+  for (const auto& text : methods) {
+    try {
+      task.check(read_method(options, text, data.steps(options)));
+    } catch (const std::exception& error) {
+      problems += (problems.empty() ? "" : "\n") + std::string(error.what());
+    }
+  }
+  if (!problems.empty()) throw std::runtime_error(problems);
+}
+
 /// A folder's name for each method: `lora`, and `lora-2` for a second.
 inline std::vector<std::string> folder_names(const std::vector<std::string>& methods) {
   std::vector<std::string> names;
@@ -172,8 +191,13 @@ inline void compare(const TrainOptions& options, const std::vector<std::string>&
           fmt::format("--out: '{}' was not written by compare; it is not overwritten", options.out.string()));
     }
   }
-  for (const auto& method : methods)
-    parse_method(method, options.targets, options.pooling == Pooling::cls ? "classifier" : "");
+  for (const auto& method : methods) read_method(options, method);
+  internal::in_child(
+      [&] {
+        internal::check_methods(options, methods);
+        return std::string();
+      },
+      program, "compare");
   const auto names = internal::folder_names(methods);
   peft::StagedDirectory staged(
       options.out.empty() ? fs::temp_directory_path() / "peft-finetune-compare" : options.out,
@@ -192,6 +216,9 @@ inline void compare(const TrainOptions& options, const std::vector<std::string>&
     rows.push_back(internal::row_of(nlohmann::json::parse(text)));
   }
   fmt::print("{}", table(rows));
+  for (const auto& row : rows) {
+    if (!row.ranks.empty()) fmt::print("\n{}\n{}", row.method, rank_table(row.ranks));
+  }
   std::fflush(stdout);
   if (options.out.empty()) return;
   peft::write_file(staged.path() / "learning_curves.svg", svg(rows));

@@ -1,4 +1,5 @@
-// peft-finetune: trains adapters for a pretrained encoder on labelled texts, compares, uses and merges them.
+// peft-finetune: trains adapters for a pretrained encoder on labelled texts, compares, uses, combines and
+// merges them.
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "combine.h"
 #include "compare.h"
 #include "predict.h"
 #include "threads.h"
@@ -125,7 +127,9 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
   app.add_option("--seed", options.seed, "of every random draw")->capture_default_str();
   app.add_option("--device", options.device, "cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--dtype", options.dtype, "of the base's weights (default: the file's)");
-  app.add_option("--log", options.log, "a JSON line a step and an evaluation");
+  app.add_option("--log", options.log,
+                 "a JSON line a step (task_loss, the method's penalty if it has one, loss: their sum) and an "
+                 "evaluation");
   app.add_flag("--no-shuffle{false}", options.shuffle, "the file's order in every epoch");
   app.add_flag("--overwrite", options.overwrite, "replaces an older run at --out");
 }
@@ -189,7 +193,7 @@ int main(int argc, char** argv) {
   finetune::keep_freed_memory();
   // A file that grows too large is an error of the write, with a message, not the end of the process.
   std::signal(SIGXFSZ, SIG_IGN);
-  CLI::App app{"Fine-tunes a pretrained encoder with adapters: trains, compares, predicts, merges.",
+  CLI::App app{"Fine-tunes a pretrained encoder with adapters: trains, compares, predicts, combines, merges.",
                "peft-finetune"};
   app.require_subcommand(1);
   std::string methods_help = "NAME[:key=value,…], lists in [ ]; every method takes lr=";
@@ -209,8 +213,10 @@ int main(int argc, char** argv) {
   train->add_option("--init-adapter", training.init_adapter,
                     "goes on from an adapter on disk; its config says method and targets");
   train
-      ->add_option("--out", training.out,
-                   "folder of the run: the last adapter, best/ and, until it ends, checkpoint/")
+      ->add_option(
+          "--out", training.out,
+          "folder of the run: the last adapter, best/, ranks.svg where the method changes ranks and, until "
+          "it ends, checkpoint/")
       ->required();
   train->add_option("--checkpoint-every", training.checkpoint_every, "steps between checkpoints; 0 for none")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
@@ -267,6 +273,33 @@ int main(int argc, char** argv) {
   merge->add_flag("--overwrite", use.overwrite, "replaces an older folder at --out");
   add_threads(*merge);
 
+  finetune::CombineArguments combining;
+  auto* combine = app.add_subcommand("combine", "adds adapters up to a new one, without the model");
+  combine
+      ->add_option("--adapter", combining.adapters,
+                   "DIR:WEIGHT, a folder of an adapter and how much of it; the weight may be negative")
+      ->required()
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  combine->add_option("--type", combining.type, "how: those of Python PEFT, exact products, PEM arithmetic")
+      ->required()
+      ->check(CLI::IsMember(finetune::combine_types()));
+  combine
+      ->add_option("--density", combining.density,
+                   "part of the entries that survives in ties, dare and magnitude_prune")
+      ->check(number_from(0, 1));
+  combine->add_option("--rank", combining.rank, "of svd types (default: the largest of the adapters')")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
+  combine->add_option("--sign", combining.sign, "what elects a sign in ties: total (default) or frequency")
+      ->check(CLI::IsMember({"total", "frequency"}));
+  combine->add_option(
+      "--head", combining.head,
+      "the --adapter folder whose task head and labels the result takes, where several have some");
+  combine->add_option("--seed", combining.seed, "of dare's random draws")->capture_default_str();
+  combine->add_option("--out", combining.out, "folder to write")->required();
+  combine->add_flag("--overwrite", combining.overwrite, "replaces an older adapter at --out");
+  add_threads(*combine);
+
   auto* info = app.add_subcommand("info", "says what a model has and an adapter adds");
   add_base(*info, false);
 
@@ -314,6 +347,7 @@ int main(int argc, char** argv) {
       prepare();
       if (predict->parsed()) finetune::predict(use);
       if (merge->parsed()) finetune::merge(use);
+      if (combine->parsed()) finetune::combine(combining);
       if (info->parsed()) finetune::info(use);
       if (tokenize->parsed()) finetune::tokenize(use);
     }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <fmt/format.h>
-#include <unicode/uchar.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,24 +14,12 @@
 #include "finetune/learning_curves.h"
 #include "finetune/progress.h"
 #include "finetune/result_row.h"
+#include "finetune/terminal_table.h"
 #include "text/unicode.h"
 
 namespace finetune {
 
 namespace internal {
-
-/// Columns a terminal needs for a text: two for a wide character, none for one that joins the one before.
-inline std::size_t display_width(std::string_view text) {
-  std::size_t width = 0;
-  for (const char32_t c : text::decode_utf8(text::replace_invalid_utf8(text))) {
-    const auto code_point = static_cast<UChar32>(c);
-    const auto kind = u_charType(code_point);
-    if (kind == U_NON_SPACING_MARK || kind == U_ENCLOSING_MARK || kind == U_FORMAT_CHAR) continue;
-    const int east_asian = u_getIntPropertyValue(code_point, UCHAR_EAST_ASIAN_WIDTH);
-    width += east_asian == U_EA_WIDE || east_asian == U_EA_FULLWIDTH ? 2 : 1;
-  }
-  return width;
-}
 
 /// "1234567" with spaces between the thousands.
 inline std::string grouped(std::int64_t count) {
@@ -100,24 +87,7 @@ inline std::string table(const std::vector<ResultRow>& rows) {
                      fmt::format("{:.3f}", row.seconds_per_step), internal::size_text(row.peak_bytes),
                      internal::size_text(row.adapter_bytes), clock_time(row.train_seconds)});
   }
-  std::vector<std::size_t> widths(cells.front().size(), 0);
-  for (const auto& line : cells) {
-    for (std::size_t i = 0; i < line.size(); ++i) {
-      widths[i] = std::max(widths[i], internal::display_width(line[i]));
-    }
-  }
-  std::string result;
-  for (std::size_t n = 0; n < cells.size(); ++n) {
-    for (std::size_t i = 0; i < widths.size(); ++i) {
-      const std::string gap(widths[i] - internal::display_width(cells[n][i]), ' ');
-      result += i == 0 ? cells[n][i] + gap : "  " + gap + cells[n][i];
-    }
-    result += "\n";
-    if (n > 0) continue;
-    for (std::size_t i = 0; i < widths.size(); ++i) result += (i ? "  " : "") + std::string(widths[i], '-');
-    result += "\n";
-  }
-  return result;
+  return aligned(cells);
 }
 
 /// The rows as CSV (RFC 4180) with a header line, numbers in full precision; accuracy is empty where there

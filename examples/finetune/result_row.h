@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "finetune/rank_history.h"
+
 namespace finetune {
 
 /// One line of a comparison and its learning curves.
@@ -25,6 +27,7 @@ struct ResultRow {
   double train_seconds = 0;           ///< The whole run.
   std::vector<Point> loss;            ///< Training loss after each step.
   std::vector<Point> accuracy_curve;  ///< Accuracy (0 to 1) at each evaluation.
+  RankHistory ranks;                  ///< Of methods that change them; else empty.
 };
 
 }  // namespace finetune

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -71,6 +72,8 @@ using Arguments = std::vector<std::pair<std::string, std::string>>;
 /// The folder of a run, from before anything is read to its end.
 class RunFolder {
  public:
+  /// Of methods that change ranks.
+  static constexpr const char* rank_picture = "ranks.svg";
   /// What there is to go on from.
   enum class State { fresh, checkpoint, finished };
 
@@ -180,7 +183,7 @@ class RunFolder {
   /// Whether everything in a folder is what a run leaves.
   static bool is_ours(const fs::path& path) {
     static const std::vector<std::string> names{
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "best", "checkpoint",
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "best", "checkpoint", rank_picture,
         Task::head_file,       Settings::file_name};
     std::error_code error;
     for (fs::directory_iterator entry(path, error), end; !error && entry != end; entry.increment(error)) {
@@ -242,10 +245,12 @@ class StepLog {
   StepLog(const StepLog&) = delete;
   StepLog& operator=(const StepLog&) = delete;
 
-  /// `rate`: of the adapter, or of the head where nothing else trains.
-  void step(int64_t step, double loss, double task_loss, double rate) {
-    write(fmt::format("{{\"step\":{},\"loss\":{:.17g},\"task_loss\":{:.17g},\"lr\":{:.17g}}}\n", step, loss,
-                      task_loss, rate));
+  /// A step and what was before it. `penalty`: of a method that adds one to the task's loss (AdaLoRA,
+  /// IncreLoRA); "loss" is the sum. `rate`: of the adapter, or of the head where nothing else trains.
+  void step(int64_t step, double task_loss, std::optional<double> penalty, double rate) {
+    write(fmt::format("{{\"step\":{},\"loss\":{:.17g},\"task_loss\":{:.17g}{},\"lr\":{:.17g}}}\n", step,
+                      task_loss + penalty.value_or(0), task_loss,
+                      penalty ? fmt::format(",\"penalty\":{:.17g}", *penalty) : "", rate));
   }
   void evaluation(int64_t step, double loss, double accuracy) {
     write(fmt::format("{{\"step\":{},\"loss\":{:.17g},\"accuracy\":{:.17g}}}\n", step, loss, accuracy));

@@ -193,6 +193,17 @@ class Task {
     if (pooled_) train_head();
   }
 
+  /// Throws where a method does not fit the model, as `attach` would, and changes nothing.
+  void check(const Method& method) const {
+    if (method.parts.empty()) return;
+    try {
+      const auto plan = peft::internal::plan_adapter(*model(), method.parts, adapter_name, /*extends=*/false);
+      for (const auto& make_controller : plan.controllers) make_controller();
+    } catch (const c10::Error& error) {
+      throw std::runtime_error(fmt::format("--method {}: {}", method.text, error.what_without_backtrace()));
+    }
+  }
+
   /// Goes on from an adapter on disk: its config says the method, the targets and what else trains.
   void attach(const fs::path& folder) {
     load(folder, /*trainable=*/true);

@@ -17,42 +17,23 @@
 #include <utility>
 #include <vector>
 
-#include "batches.h"
+#include "lora_start.h"
 #include "method.h"
+#include "peft/methods/adalora.h"
+#include "peft/methods/increlora.h"
 #include "peft/model/summary.h"
 #include "peft/train/checkpoint.h"
+#include "peft/train/lora_plus.h"
 #include "peft/train/optimizer.h"
 #include "peft/train/schedule.h"
 #include "progress.h"
+#include "rank_picture.h"
 #include "result_row.h"
+#include "run_data.h"
 #include "run_folder.h"
 #include "task.h"
 
 namespace finetune {
-
-/// The arguments of a run.
-struct TrainOptions {
-  fs::path model, train, test, inputs, out, init_adapter, log;
-  std::string method;
-  std::vector<std::string> targets;
-  int64_t epochs = 0, steps = 0;  ///< one of them, or neither
-  int64_t batch_size = 32, accumulate = 1, checkpoint_every = 100;
-  std::optional<int64_t> max_length;      ///< without one 128, or the model's positions where these are fewer
-  int64_t train_rows = 0, test_rows = 0;  ///< the first so many; 0 for all
-  double rate = 1e-3;
-  std::optional<double> head_rate;
-  std::string schedule = "linear";
-  double warmup = 0;  ///< steps; below 1 a part of all
-  double weight_decay = 0.01, clip = 1.0, dropout = 0;
-  Pooling pooling = Pooling::cls;
-  bool pooling_given = false;  ///< else that of `init_adapter`, if it says
-  uint64_t seed = 0;
-  std::string device = "cpu", dtype;
-  bool shuffle = true, resume = false, overwrite = false;
-  Arguments arguments;  ///< as given, for `--resume`
-  std::string command;  ///< for the hint how to go on
-  bool quiet = false;   ///< no line at the end
-};
 
 /// Accuracy and mean loss on data the model was not trained on.
 struct Evaluation {
@@ -128,89 +109,20 @@ inline double median(std::vector<double> values) {
   return *middle;
 }
 
-/// The labels in the order of their classes: the config's where the base has a head for just these, else
-/// sorted.
-inline std::vector<std::string> class_names(const text::Labels& labels, const TrainOptions& options) {
-  auto names = labels.names();
-  if (options.pooling != Pooling::cls || !has_classifier(options.model)) return names;
-  const auto known = peft::models::BertConfig::read(options.model / "config.json").labels();
-  return known.size() == names.size() && std::is_permutation(known.begin(), known.end(), names.begin())
-             ? known
-             : names;
-}
-
-inline text::Dataset read_rows(const fs::path& path, int64_t most) {
-  auto data = text::read_tsv(path);
-  if (most > 0 && data.rows.size() > static_cast<size_t>(most)) data.rows.resize(static_cast<size_t>(most));
-  return data;
-}
-
-/// What a run works on.
-struct RunData {
-  std::vector<std::string> labels;
-  int64_t max_length = 0;
-  std::unique_ptr<Batches> train, test;
-};
-
-inline RunData read_data(const TrainOptions& options) {
-  RunData data;
-  constexpr int64_t evaluation_batch = 64;
-  std::optional<peft::models::BertConfig> config;
-  bool pairs = false;
-  const auto test_batches = [&]() -> std::unique_ptr<Batches> {
-    if (options.test.empty()) return nullptr;
-    if (options.test.extension() == ".safetensors") {
-      auto batches = std::make_unique<FileBatches>(options.test, /*needs_labels=*/true);
-      batches->check(*config, static_cast<int64_t>(data.labels.size()));
-      return batches;
+/// The matrices whose ranks a method changes while it trains, and their ranks now.
+inline std::vector<std::pair<std::string, int64_t>> changing_ranks(const peft::Adapter& adapter) {
+  std::vector<std::pair<std::string, int64_t>> ranks;
+  for (const auto& entry : adapter.entries()) {
+    if (const auto* piece = dynamic_cast<const peft::AdaLoraImpl*>(entry.piece.get())) {
+      // By the last masking: between two the optimizer moves masked values away from 0.
+      const auto left = std::count(piece->kept.begin(), piece->kept.end(), true);
+      ranks.emplace_back(entry.site->path(),
+                         piece->kept.empty() ? static_cast<int64_t>(piece->rows.size()) : left);
+    } else if (const auto* growing = dynamic_cast<const peft::IncreLoraImpl*>(entry.piece.get())) {
+      ranks.emplace_back(entry.site->path(), growing->rank());
     }
-    const auto rows = read_rows(options.test, options.test_rows);
-    if (options.inputs.empty() && rows.pairs != pairs) {
-      throw std::runtime_error(fmt::format("--test: '{}' must have {} a row as --train has, but has {}",
-                                           options.test.string(), pairs ? "two texts" : "one text",
-                                           pairs ? "one" : "two"));
-    }
-    return std::make_unique<TextBatches>(text_batches(read_tokenizer(options.model, *config), rows,
-                                                      text::Labels(data.labels), data.max_length,
-                                                      {evaluation_batch, false, 0, /*by_length=*/true}));
-  };
-  const auto read_config = [&] {
-    constexpr int64_t usual_length = 128;
-    config = peft::models::BertConfig::read(options.model / "config.json");
-    const auto positions = config->max_position_embeddings();
-    data.max_length = options.max_length.value_or(std::min(usual_length, positions));
-    if (options.inputs.empty() && data.max_length > positions) {
-      throw std::runtime_error(fmt::format(
-          "--max-length must be at most {}, the model's positions, but got {}", positions, data.max_length));
-    }
-  };
-  if (!options.inputs.empty()) {
-    auto batches = std::make_unique<FileBatches>(options.inputs, /*needs_labels=*/true);
-    read_config();
-    const auto json = peft::internal::read_json_object(options.model / "config.json");
-    data.labels = config->labels();
-    const bool says = json.contains("id2label") || json.contains("num_labels");
-    for (auto i = config->num_labels(); !says && i < batches->classes(); ++i)
-      data.labels.push_back(fmt::format("LABEL_{}", i));
-    batches->check(*config, static_cast<int64_t>(data.labels.size()));
-    data.train = std::move(batches);
-    data.test = test_batches();
-    return data;
   }
-  // Rows first: a mistake in them is found at once.
-  auto rows = text::read_tsv(options.train);
-  const text::Labels labels(rows);
-  pairs = rows.pairs;
-  read_config();
-  data.labels = class_names(labels, options);
-  if (options.train_rows > 0 && rows.rows.size() > static_cast<size_t>(options.train_rows)) {
-    rows.rows.resize(static_cast<size_t>(options.train_rows));
-  }
-  data.train = std::make_unique<TextBatches>(
-      text_batches(read_tokenizer(options.model, *config), rows, text::Labels(data.labels), data.max_length,
-                   {options.batch_size, options.shuffle, options.seed, /*by_length=*/false}));
-  data.test = test_batches();
-  return data;
+  return ranks;
 }
 
 /// `lr=` of a `--method` given beside `--init-adapter`, whose config says all else.
@@ -226,8 +138,10 @@ inline std::optional<double> rate_beside_adapter(const std::string& method, cons
   return parsed.rate;
 }
 
+/// `lora_plus`: the rate of B over that of A, if they are to differ. The groups: the head's, the adapter's,
+/// and what else LoRA+ parts it in.
 inline std::unique_ptr<peft::AdamW> make_optimizer(const peft::Adapter& trained, const TrainOptions& options,
-                                                   double rate) {
+                                                   double rate, std::optional<double> lora_plus) {
   const auto with = [&](double lr) {
     return torch::optim::AdamWOptions(lr).weight_decay(options.weight_decay);
   };
@@ -235,6 +149,14 @@ inline std::unique_ptr<peft::AdamW> make_optimizer(const peft::Adapter& trained,
   const auto named = trained.named_parameters();
   if (std::any_of(named.begin(), named.end(), [](const auto& item) { return Task::is_head(item.first); })) {
     groups.push_back({&Task::is_head, with(options.head_rate.value_or(options.rate))});
+  }
+  if (lora_plus) {
+    for (auto& group : peft::lora_plus(trained, with(rate), *lora_plus)) {
+      const auto belongs = [&](const auto& item) {
+        return !Task::is_head(item.first) && group.matches(item.first);
+      };
+      if (std::any_of(named.begin(), named.end(), belongs)) groups.push_back(std::move(group));
+    }
   }
   return std::make_unique<peft::AdamW>(trained, groups, with(rate), options.clip);
 }
@@ -250,6 +172,11 @@ inline std::unique_ptr<peft::Schedule> make_schedule(peft::AdamW& optimizer, con
 }
 
 }  // namespace internal
+
+/// A method for a run with these options. `steps`: of the run, 0 as long as they are not known.
+inline Method read_method(const TrainOptions& options, const std::string& text, int64_t steps = 0) {
+  return parse_method(text, options.targets, options.pooling == Pooling::cls ? "classifier" : "", steps);
+}
 
 /// Trains and leaves the adapter in `options.out`. Messages go to stderr.
 /// Throws: Interrupted after Ctrl-C, a checkpoint being written; Diverged where the loss is no number; else
@@ -312,32 +239,41 @@ class Run {
       init_rate_ = internal::rate_beside_adapter(options_.method, options_.init_adapter);
       go_on_as_trained();
     } else {
-      method_ = parse_method(options_.method, options_.targets,
-                             options_.pooling == Pooling::cls ? "classifier" : "");
+      method_ = read_method(options_, options_.method);
     }
     const BaseOptions base{options_.model, internal::parse_dtype(options_.dtype), options_.dropout,
                            internal::parse_device(options_.device)};
-    data_ = internal::read_data(options_);
+    data_ = read_data(options_);
+    steps_per_epoch_ = data_.steps_per_epoch(options_);
+    total_ = data_.steps(options_);
+    if (method_) method_ = read_method(options_, options_.method, total_);
     torch::manual_seed(options_.seed);
     task_ = std::make_unique<Task>(
         Task::for_training(base, options_.pooling, static_cast<int64_t>(data_.labels.size())));
     if (options_.init_adapter.empty()) {
       task_->attach(*method_);
+      if (starts_from_data(*method_)) {
+        say("the start of the adapter is computed from the data");
+        start_from_data(*method_, *task_, *data_.train);
+      }
     } else {
       task_->attach(options_.init_adapter);
       for (const auto& note : task_->notes()) say("note: " + note);
+      compare_labels();
     }
     check_sizes();
     trained_ = std::make_unique<peft::Adapter>(task_->trained());
     rate_ = method_ && method_->rate ? *method_->rate : init_rate_.value_or(options_.rate);
     if (head_only() && method_->rate) options_.head_rate = rate_;
 
-    steps_per_epoch_ = (data_.train->count() + options_.accumulate - 1) / options_.accumulate;
-    constexpr int64_t default_epochs = 3;
-    const auto epochs = options_.epochs > 0 ? options_.epochs : options_.inputs.empty() ? default_epochs : 1;
-    total_ = options_.steps > 0 ? options_.steps : epochs * steps_per_epoch_;
-    optimizer_ = internal::make_optimizer(*trained_, options_, rate_);
+    optimizer_ =
+        internal::make_optimizer(*trained_, options_, rate_, method_ ? method_->lora_plus : std::nullopt);
     schedule_ = internal::make_schedule(*optimizer_, options_, total_);
+    const auto named = trained_->named_parameters();
+    const bool head =
+        std::any_of(named.begin(), named.end(), [](const auto& item) { return Task::is_head(item.first); });
+    adapter_group_ = head && schedule_->last().size() > 1 ? 1 : 0;
+    begin_ranks();
     data_hash_ = fmt::format("{:016x}", data_.train->hash());
 
     if (!position_.is_null()) {
@@ -350,6 +286,7 @@ class Run {
       done_ = position_.at("step").get<int64_t>();
       best_accuracy_ = position_.at("best_accuracy").get<double>();
       best_step_ = position_.at("best_step").get<int64_t>();
+      if (position_.contains("ranks")) row_.ranks = RankHistory::from_json(position_.at("ranks"));
     }
     if (!options_.log.empty()) log_ = std::make_unique<StepLog>(options_.log, done_);
     describe();
@@ -371,6 +308,37 @@ class Run {
                                            to_string(settings->pooling)));
     }
     options_.pooling = settings->pooling;
+    options_.known_labels = settings->labels;
+  }
+
+  /// A head of the right size for other labels is taken as it is.
+  void compare_labels() {
+    const auto& known = options_.known_labels;
+    if (known.empty() || known == data_.labels) return;
+    say(fmt::format("note: the head in '{}' was trained for the labels {}; it goes on with {}",
+                    options_.init_adapter.string(), fmt::join(known, ", "), fmt::join(data_.labels, ", ")));
+  }
+
+  /// The ranks before training, and what their schedule says of this run.
+  void begin_ranks() {
+    const auto ranks = internal::changing_ranks(*trained_);
+    if (ranks.empty()) return;
+    std::vector<std::string> paths;
+    for (const auto& [path, rank] : ranks) paths.push_back(path);
+    row_.ranks = RankHistory(std::move(paths));
+    record_ranks();
+    const auto pieces = trained_->layers<peft::AdaLoraImpl>();
+    const auto last = pieces.empty() ? 0 : pieces[0]->options.total_step() - pieces[0]->options.tfinal() + 1;
+    if (last > total_) {
+      say(fmt::format("note: AdaLoRA's ranks come down to their target in step {}, but the run has {}", last,
+                      total_));
+    }
+  }
+  void record_ranks() {
+    if (row_.ranks.empty()) return;
+    std::vector<int64_t> ranks;
+    for (const auto& [path, rank] : internal::changing_ranks(*trained_)) ranks.push_back(rank);
+    row_.ranks.record(done_, ranks);
   }
 
   bool head_only() const { return method_ && method_->head_only(); }
@@ -384,14 +352,18 @@ class Run {
   void describe() {
     const auto summary = peft::summary(*task_->model());
     row_.method = method_ ? method_->text : "adapter " + options_.init_adapter.string();
-    row_.trainable = trained_->count();
     base_weights_ = summary.total;
-    row_.percent = 100.0 * static_cast<double>(row_.trainable) /
-                   static_cast<double>(std::max<int64_t>(1, base_weights_));
+    count_trainable();
     say(fmt::format("{}: {} of {} weights train ({:.3f} %), {} rows, {} steps{}", row_.method,
                     peft::internal::count_text(row_.trainable), peft::internal::count_text(base_weights_),
                     row_.percent, peft::internal::count_text(data_.train->rows()), total_,
                     done_ > 0 ? fmt::format(", going on after step {}", done_) : ""));
+  }
+
+  void count_trainable() {
+    row_.trainable = trained_->count();
+    row_.percent = 100.0 * static_cast<double>(row_.trainable) /
+                   static_cast<double>(std::max<int64_t>(1, base_weights_));
   }
 
   void loop() {
@@ -410,13 +382,15 @@ class Run {
     }
     while (done_ < total_) {
       start = Clock::now();
-      const auto rate = schedule_->last().back();
+      const auto rate = schedule_->last()[adapter_group_];
+      const auto penalty = log_ ? penalty_now() : std::nullopt;
       const auto loss = step();
       const auto seconds = seconds_since(start);
       times_.push_back(seconds);
       row_.train_seconds += seconds;
       row_.loss.push_back({done_, loss});
-      if (log_) log_->step(done_, loss, loss, rate);
+      record_ranks();
+      if (log_) log_->step(done_, loss, penalty, rate);
       progress_->step(done_, loss, rate);
       if (data_.test && (done_ % steps_per_epoch_ == 0 || done_ == total_)) evaluate_now();
       const bool signalled = SignalGuard::seen() != 0;
@@ -438,7 +412,14 @@ class Run {
                                           total_, options_.command));
   }
 
-  /// One step of the optimizer; returns the loss before it.
+  /// What the method adds to the loss, if it is one that does.
+  std::optional<double> penalty_now() const {
+    const auto& controllers = trained_->shared_record()->controllers;
+    if (controllers.empty()) return std::nullopt;
+    return trained_->penalty().item<double>();
+  }
+
+  /// One step of the optimizer; returns the task's loss before it.
   double step() {
     const auto epoch = done_ / steps_per_epoch_;
     const auto first = done_ % steps_per_epoch_ * options_.accumulate;
@@ -509,6 +490,7 @@ class Run {
                                     {"best_step", best_step_},
                                     {"data", data_hash_},
                                     {"arguments", arguments()}};
+    if (!row_.ranks.empty()) position["ranks"] = row_.ranks.to_json();
     folder_.write_checkpoint([&](const fs::path& path) {
       peft::save_checkpoint(path, *trained_, *optimizer_, *schedule_, position.dump());
     });
@@ -535,8 +517,21 @@ class Run {
   ResultRow finish() {
     require_finite();
     std::vector<std::string> notes;
-    folder_.finish([&](const fs::path& path) { notes = task_->save(path, settings(/*whole=*/true)); });
+    for (const auto& controller : trained_->shared_record()->controllers) {
+      const auto* grower = dynamic_cast<const peft::RankGrower*>(controller.get());
+      if (grower && grower->total_rank() < grower->target()) {
+        say(fmt::format(
+            "note: IncreLoRA's ranks came to {} in all, not to the target of {} (hint: more steps, or a "
+            "smaller incre_interval)",
+            grower->total_rank(), grower->target()));
+      }
+    }
+    folder_.finish([&](const fs::path& path) {
+      if (!row_.ranks.empty()) peft::write_file(path / RunFolder::rank_picture, rank_svg(row_.ranks));
+      notes = task_->save(path, settings(/*whole=*/true));
+    });
     for (const auto& note : notes) say("note: " + note);
+    count_trainable();  // more than at the start, where a method grows
     row_.accuracy = std::max(0.0, best_accuracy_);
     row_.seconds_per_step = internal::median(times_);
     row_.peak_bytes = internal::peak_memory();
@@ -548,6 +543,10 @@ class Run {
                                                    100 * best_accuracy_, best_step_)
                                      : "",
                       folder_.path().string(), peft::internal::bytes_text(row_.adapter_bytes)));
+      if (!row_.ranks.empty()) {
+        say(fmt::format("ranks over training: '{}'", (folder_.path() / RunFolder::rank_picture).string()));
+        fmt::print("{}", rank_table(row_.ranks));
+      }
     }
     return row_;
   }
@@ -555,7 +554,7 @@ class Run {
   TrainOptions options_;
   RunFolder folder_;
   std::optional<Method> method_;
-  internal::RunData data_;
+  RunData data_;
   std::unique_ptr<Task> task_;
   std::unique_ptr<peft::Adapter> trained_;
   std::unique_ptr<peft::AdamW> optimizer_;
@@ -569,6 +568,7 @@ class Run {
   int64_t steps_per_epoch_ = 1, total_ = 0, done_ = 0, base_weights_ = 0;
   double best_accuracy_ = -1;
   int64_t best_step_ = 0;
+  size_t adapter_group_ = 0;  ///< of the optimizer: the adapter's, or the head's where nothing else trains
   std::vector<double> times_;
   ResultRow row_;
 };

@@ -3,6 +3,7 @@
 #include <sstream>
 #include <thread>
 
+#include "peft/peft.h"
 #include "property_suite.h"
 
 using namespace suite;

@@ -282,6 +282,18 @@ def test_trains_on_from_an_adapter(place):
     check(first < place.log("lora")[0]["loss"], "it starts where the other ended")
 
 
+def test_other_labels_for_a_trained_head(place):
+    """A head that goes on with other labels, or with its own in another order of rows, is no secret."""
+    renamed = tiny.write_tsv(f"{place.root}/renamed.tsv", [("new " + label, text) for label, text in tiny.rows(20)])
+    common = ["train", "--model", place.model, "--steps", 1]
+    for adapter in (place.lora, place.mean):
+        out = f"{place.root}/relabelled_{os.path.basename(adapter)}"
+        done = tiny.good(*common, "--init-adapter", adapter, "--train", renamed, "--out", out)
+        check("note: " in done.stderr and "bird, cat, dog" in done.stderr and "new bird, new cat" in done.stderr, done.stderr)
+        done = tiny.good(*common, "--init-adapter", adapter, "--train", place.train, "--out", out, "--overwrite")
+        check("trained for the labels" not in done.stderr, done.stderr)
+
+
 def test_best_is_the_best(place):
     evaluations = [line for line in place.log("lora") if "task_loss" not in line]
     with open(f"{place.lora}/best/peft_finetune.json", encoding="utf-8") as file:

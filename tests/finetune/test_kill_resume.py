@@ -23,6 +23,10 @@ METHODS = [  # every way in which state is kept: with a controller's random draw
     ["--method", "lora:rank=2", "--targets", "query", "--pooling", "mean", "--accumulate", "2"],
     ["--method", "bitfit", "--dropout", "0.1"],
     ["--method", "full", "--pooling", "mean", "--schedule", "cosine", "--warmup", "0.1"],
+    ["--method", "adalora:init_rank=4,target_rank=2,delta_t=2", "--targets", "query,value,dense"],
+    ["--method", "dora:rank=4,init=pissa,lora_plus=4", "--targets", "query,value", "--pooling", "mean"],
+    ["--method", "increlora:target_rank=4,init_warmup=4,incre_interval=3,top_h=3,reg_orth_coef=0.1", "--targets",
+     "query,value,dense", "--pooling", "mean"],
 ]
 STEPS = 40
 
@@ -175,7 +179,7 @@ def main():
                                     f"{name} ({'missing' if name in expected else 'unexpected'})")
             if logged(run.log) != expected_log:
                 problems.append("log.jsonl")
-            print(f"{kills:3}  {METHODS[i][1]:24} killed at " + "; then at ".join(moments) + f"; {how}: " +
+            print(f"{kills:3}  {METHODS[i][1][:24]:24} killed at " + "; then at ".join(moments) + f"; {how}: " +
                   ("differs: " + ", ".join(problems) if problems else "the same bytes"), flush=True)
             failures += problems
             turn += 1

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "finetune/rank_picture.h"
 #include "finetune/report.h"
 
 namespace {
@@ -120,6 +121,63 @@ TEST_CASE("Learning curves are well-formed and hold a line for each run and pane
   CHECK(count_of(svg, "<g>") == count_of(svg, "</g>"));
   CHECK(count_of(svg, "nan") == 0);
   CHECK(count_of(svg, "inf") == 0);
+}
+
+/// Two matrices: one falls from 12 in two steps of the way, one stays.
+finetune::RankHistory example_ranks() {
+  finetune::RankHistory ranks({"encoder.layer.0.query", "encoder.layer.1.value<&>"});
+  ranks.record(0, {12, 12});
+  for (std::int64_t step = 1; step <= 50; ++step)
+    ranks.record(step, {step < 20 ? 12 : step < 41 ? 7 : 0, 12});
+  return ranks;
+}
+
+TEST_CASE("Ranks are kept as changes, and come back from JSON as they were", "[report]") {
+  const auto ranks = example_ranks();
+  REQUIRE(ranks.changes(0).size() == 3);
+  REQUIRE(ranks.changes(1).size() == 1);
+  REQUIRE(ranks.rank(0, 19) == 12);
+  REQUIRE(ranks.rank(0, 20) == 7);
+  REQUIRE(ranks.rank(0, 50) == 0);
+  REQUIRE(ranks.total(30) == 19);
+  REQUIRE(ranks.largest() == 12);
+  auto again = finetune::RankHistory::from_json(nlohmann::json::parse(ranks.to_json().dump()));
+  REQUIRE(again.to_json() == ranks.to_json());
+  again.record(51, {0, 3});  // goes on where it stopped
+  REQUIRE(again.changes(0).size() == 3);
+  REQUIRE(again.rank(1, 51) == 3);
+  const auto none = finetune::RankHistory::from_json(finetune::RankHistory().to_json());
+  REQUIRE(none.empty());
+}
+
+TEST_CASE("A table of ranks has a line a matrix and some ten steps, right aligned", "[report]") {
+  const auto lines = lines_of(finetune::rank_table(example_ranks()));
+  REQUIRE(lines.size() == 5);
+  REQUIRE(lines[0] == "encoder.layer.… rank at step   0   5  10  15  20  25  30  35  40  45  50");
+  REQUIRE(lines[2] == "0.query                       12  12  12  12   7   7   7   7   7   0   0");
+  REQUIRE(lines[4] == "sum                           24  24  24  24  19  19  19  19  19  12  12");
+  finetune::RankHistory short_run({"query"});
+  short_run.record(0, {1});
+  short_run.record(1, {2});
+  REQUIRE(lines_of(finetune::rank_table(short_run))[0] == "rank at step  0  1");
+}
+
+TEST_CASE("A picture of ranks has a field for each rank a matrix had, and a scale", "[report]") {
+  const auto picture = finetune::rank_svg(example_ranks());
+  REQUIRE(count_of(picture, "<title>0.query: rank ") == 3);
+  REQUIRE(count_of(picture, "0.query: rank 7 from step 20 to 41<") == 1);
+  REQUIRE(count_of(picture, "1.value&lt;&amp;&gt;: rank 12 from step 0 to 50<") == 1);
+  REQUIRE(count_of(picture, "<svg") == 1);
+  REQUIRE(count_of(picture, "</svg>") == 1);
+  // Background, four fields, and the scale's 0 to 12.
+  REQUIRE(count_of(picture, "<rect") == 1 + 4 + 13);
+  REQUIRE(finetune::internal::heat_color(0) == "#F7FBFF");
+  REQUIRE(finetune::internal::heat_color(1) == "#08306B");
+  finetune::RankHistory large({"a"});
+  large.record(0, {300});
+  const auto gaps = finetune::rank_svg(large);  // no step, and a scale with gaps
+  REQUIRE(count_of(gaps, "<rect") == 1 + 1 + 17);
+  REQUIRE(count_of(gaps, ">300</text>") == 2);
 }
 
 TEST_CASE("Learning curves of nothing, of one step and of many are still a picture", "[report]") {

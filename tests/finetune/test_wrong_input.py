@@ -75,10 +75,10 @@ class Cases:
         os.makedirs(path, exist_ok=True)
         return path
 
-    def add(self, name, arguments, *culprits, anywhere=(), **options):
-        """culprits: what the first line must hold; anywhere: what the whole message must. OUT among the arguments is
-        a path that does not exist and must not exist afterwards."""
-        self.cases.append((name, arguments, culprits, anywhere, options))
+    def add(self, name, arguments, *culprits, anywhere=(), nowhere=(), **options):
+        """culprits: what the first line must hold; anywhere: what the whole message must; nowhere: what it must not.
+        OUT among the arguments is a path that does not exist and must not exist afterwards."""
+        self.cases.append((name, arguments, culprits, anywhere, nowhere, options))
 
     def train_with(self, name, *culprits, model=None, train=None, method="lora:rank=2", targets="query", extra=(),
                    anywhere=(), **options):
@@ -92,12 +92,13 @@ class Cases:
 
     def check(self, case):
         """A list of what is wrong."""
-        name, arguments, culprits, anywhere, options = case
+        name, arguments, culprits, anywhere, nowhere, options = case
         folder = self.folder("run " + name)
         out = f"{folder}/out"
         before = files_below(self.root + "/cases/" + os.path.basename(folder))
         done = tiny.run(*[out if a == "OUT" else a for a in arguments], **options)
         problems = message_problems(done, culprits, anywhere)
+        problems += [f"the message holds '{text}'" for text in nowhere if text in done.stderr]
         if os.path.lexists(out):
             problems.append("something is left at --out: " + " ".join(files_below(out) or [out]))
         elif files_below(folder) != before:
@@ -178,6 +179,31 @@ def add_option_cases(cases):
     cases.train_with("method: rate in words", "lr", method="lora:rank=2,lr=fast")
     cases.train_with("method: rate below 0", "lr", method="lora:rank=2,lr=-1")
     cases.train_with("method: empty", "--method", method="")
+    cases.train_with("method: AdaLoRA without time to mask", "total_step", "tinit + tfinal", "2",
+                     method="adalora:tinit=1,tfinal=1")
+    cases.train_with("method: AdaLoRA's target above its start", "target_rank", "init_rank", "5",
+                     method="adalora:init_rank=4,target_rank=5")
+    cases.train_with("method: AdaLoRA masks every 0 steps", "delta_t", method="adalora:delta_t=0")
+    cases.train_with("method: AdaLoRA's decay of 1", "beta2", method="adalora:beta2=1")
+    cases.train_with("method: a start of another name", "init", "pisa", "pissa", method="lora:init=pisa")
+    cases.train_with("method: an odd rank for an orthogonal start", "rank", "even", method="lora:rank=3,init=orthogonal",
+                     anywhere=["query"])
+    cases.train_with("method: LoRA-GA without gradients", "lora_ga", "--pooling mean", method="lora:rank=2,init=lora_ga",
+                     extra=["--pooling", "mean"])
+    cases.train_with("method: no batches to start from", "init_batches", method="lora:init=corda,init_batches=0")
+    cases.train_with("method: LoRA+ below 1", "lora_plus", "0.5", method="lora:lora_plus=0.5")
+    cases.train_with("method: DoRA with LoRA's bias", "lora_bias", method="dora:lora_bias=true")
+    cases.train_with("method: OFT with both sizes", "block", method="oft:block_size=4,blocks=4")
+    cases.train_with("method: BOFT's blocks do not divide", "block_size", "3", method="boft:block_size=3",
+                     anywhere=["query"])
+    cases.train_with("method: no tokens to train", "indices", method="trainable_tokens", targets="word_embeddings")
+    cases.train_with("method: tokens outside the vocabulary", "9999", method="trainable_tokens:indices=[5,9999]",
+                     targets="word_embeddings", anywhere=["word_embeddings"])
+    cases.train_with("method: LoHa's dropout of 1", "rank_dropout", method="loha:rank_dropout=1")
+    cases.train_with("method: IncreLoRA's target below its start", "target_rank", "rank",
+                     method="increlora:rank=4,target_rank=2")
+    cases.train_with("method: IncreLoRA on embeddings", "IncreLoRA", "linear", method="increlora:target_rank=2",
+                     targets="word_embeddings", anywhere=["word_embeddings"])
     cases.train_with("target: matches nothing", "qery", targets="qery", anywhere=["query"])
     cases.train_with("target: one of two matches nothing", "valeu", targets="query,valeu", anywhere=["value"])
     cases.train_with("target: not a layer to adapt", "dropout", targets="dropout")
@@ -212,6 +238,12 @@ def add_option_cases(cases):
     cases.add("option: compare with one wrong method",
               ["compare", "--model", cases.model, "--train", cases.train, "--test", cases.train, "--method", "head",
                "--method", "lorra", "--steps", "2", "--out", "OUT"], "lorra", anywhere=methods)
+    for pooling in ("cls", "mean"):
+        cases.add(f"option: compare with methods that do not fit the model, {pooling}",
+                  ["compare", "--model", cases.model, "--train", cases.train, "--test", cases.train, "--method", "lora",
+                   "--method", "lora:targets=[qery]", "--method", "bitfit:biases=[valeu]", "--steps", "2", "--pooling",
+                   pooling, "--out", "OUT"], "--method lora:targets=[qery]", "qery", "query",
+                  anywhere=["--method bitfit:biases=[valeu]", "value"], nowhere=["method 1 of 3"])
     cases.add("option: merge without an adapter", ["merge", "--model", cases.model, "--out", "OUT"], "--adapter")
 
 

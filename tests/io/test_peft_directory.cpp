@@ -406,11 +406,10 @@ TEST_CASE("Values of the config that cannot be are refused by key", "[peft_direc
       {"layers_pattern", R"(["layer"])", "'layers_to_transform' must be given where 'layers_pattern' is"},
       {"use_rslora", "3", "'use_rslora' must be true or false, but got 3"},
       {"modules_to_save", R"("head")", R"('modules_to_save' must be a list of names, but got "head")"},
-      {"peft_type", R"("ADALORA")",
-       R"('peft_type' must be LORA, BIAS or REPLACE (other methods are not supported yet), but got "ADALORA")"},
+      {"peft_type", R"("POETRY")", R"(, but got "POETRY")"},
       {"peft_type", "null", "'peft_type' must be given"},
-      {"use_dora", "true", "DoRA (use_dora) is not supported yet"},
-      {"trainable_token_indices", "[1]", "'trainable_token_indices' is not supported yet, but got [1]"},
+      {"use_dora", "true", "'base_model.model.q.lora_magnitude_vector' expected (8), but it is missing"},
+      {"trainable_token_indices", "[1]", "no module's path matches the expression '.*embed_tokens'"},
       {"init_lora_weights", R"("pissa_niter_4")",
        R"('init_lora_weights' "pissa_niter_4" belongs to a base whose weights)"},
       {"init_lora_weights", R"("magic")", R"('init_lora_weights' must be true, false, "gaussian")"},
@@ -701,11 +700,12 @@ TEST_CASE("Names are matched as Python PEFT matches them", "[peft_directory]") {
     change_config(out, change);
     peft::internal::Problems problems;
     const auto config =
-        peft::internal::PeftConfigReader(out / "adapter_config.json", problems, [](const auto&) {}).read();
+        peft::internal::PeftConfigReader(out / "adapter_config.json", "", problems, [](const auto&) {
+        }).read();
     problems.raise("config");
     auto other = toy();
     const peft::internal::ModuleFinder finder(*other);
-    auto sites = finder.lora_sites(config, problems, [](const auto&) {});
+    auto sites = finder.method_sites(config, problems, [](const auto&) {});
     for (const auto& path : finder.saved_sites(config, problems)) sites.push_back("saved " + path);
     problems.raise("sites");
     return sites;

@@ -1,5 +1,5 @@
-// Toy: a small model with every kind of layer the file tests need; tests/reference/compare_peft.py has its
-// twin.
+// Toy and Rare: small models with every kind of layer the file tests need; tests/reference/compare_peft.py
+// and compare_methods.py have their twins.
 #pragma once
 
 #include <torch/nn/modules/activation.h>
@@ -9,6 +9,8 @@
 #include <string>
 
 #include "peft/core/adapted.h"
+#include "peft/core/parameter_site.h"
+#include "peft/model/reparametrized.h"
 
 namespace peft_test {
 
@@ -78,5 +80,56 @@ struct ToyImpl : torch::nn::Cloneable<ToyImpl>, peft::Described {
   peft::Linear head{nullptr};
 };
 TORCH_MODULE(Toy);
+
+/// Two experts of two layers: mean over the experts of down tanh(up x).
+struct ExpertsImpl : torch::nn::Module {
+  torch::Tensor forward(const torch::Tensor& x) {
+    const auto h = torch::einsum("eoi,...i->e...o", {up(), x}).tanh();
+    return torch::einsum("eoi,e...i->e...o", {down(), h}).mean(0);
+  }
+  peft::Adapted<peft::Parameter> up = peft::register_parameter(*this, "up", torch::randn({2, 6, 8}));
+  peft::Adapted<peft::Parameter> down = peft::register_parameter(*this, "down", torch::randn({2, 8, 6}));
+};
+TORCH_MODULE(Experts);
+
+/// Two experts stored (in, out), and a matrix of no layer.
+struct TurnedImpl : torch::nn::Module {
+  torch::Tensor forward(const torch::Tensor& x) {
+    const auto h = torch::einsum("eio,...i->...o", {stack(), x}).tanh();
+    return torch::matmul(h, flat().t());
+  }
+  peft::Adapted<peft::Parameter> stack =
+      peft::register_parameter(*this, "stack", torch::randn({2, 8, 5}), /*is_transposed=*/true);
+  peft::Adapted<peft::Parameter> flat = peft::register_parameter(*this, "flat", torch::randn({4, 5}));
+};
+TORCH_MODULE(Turned);
+
+/// (batch, time) of ids below 10 → (batch, 3), through the layers one meets less often.
+struct RareImpl : torch::nn::Module {
+  RareImpl() {
+    emb = register_module("emb", peft::Embedding(10, 8));
+    attn = register_module("attn", peft::MultiheadAttention(8, 2));
+    experts = register_module("experts", Experts());
+    turned = register_module("turned", Turned());
+    lstm = register_module("lstm", peft::LSTM(4, 6));
+    conv = register_module("conv", peft::Conv1d(torch::nn::Conv1dOptions(6, 4, 3).groups(2).padding(1)));
+    head = register_module("head", peft::Linear(4, 3));
+  }
+  torch::Tensor forward(const torch::Tensor& ids) {
+    const peft::ForwardScope scope;
+    const auto x = emb->forward(ids).transpose(0, 1);
+    auto h = std::get<0>(attn->forward(x, x, x));
+    h = std::get<0>(lstm->forward(turned->forward(h + experts->forward(h))));
+    return head->forward(conv->forward(h.permute({1, 2, 0})).tanh().mean(2));
+  }
+  peft::Embedding emb{nullptr};
+  peft::MultiheadAttention attn{nullptr};
+  Experts experts{nullptr};
+  Turned turned{nullptr};
+  peft::LSTM lstm{nullptr};
+  peft::Conv1d conv{nullptr};
+  peft::Linear head{nullptr};
+};
+TORCH_MODULE(Rare);
 
 }  // namespace peft_test

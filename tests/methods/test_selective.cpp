@@ -1,3 +1,4 @@
+#include "peft/methods/bias.h"
 #include "property_suite.h"
 
 using namespace suite;

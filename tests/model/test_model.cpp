@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "peft/peft.h"
 #include "property_suite.h"
 
 using namespace suite;

@@ -130,17 +130,16 @@ def compare(source, title, values, tolerance):
     used = set()
     for name, tensor in values.items():
         computed = tensor.detach().double().flatten().tolist()
-        match = None
+        matches = set()
         for index, listed in enumerate(found):
             same = len(listed) == len(computed)
             if same and all(abs(a - b) <= tolerance for a, b in zip(listed, computed)):
-                match = index
-        print(f"{'ok  ' if match is not None else 'DIFFERS'} {name}: {len(computed)} values")
-        if match is None:
+                matches.add(index)
+        print(f"{'ok  ' if matches else 'DIFFERS'} {name}: {len(computed)} values")
+        if not matches:
             failures += 1
             print("    computed " + ", ".join(f"{value:.10g}" for value in computed))
-        else:
-            used.add(match)
+        used |= matches
     for index, listed in enumerate(found):
         if index not in used:
             failures += 1

@@ -96,8 +96,9 @@ TEST_CASE("A schedule goes on from its state", "[schedule]") {
     schedule.step();
     resumed.step();
   }
-  CHECK_THROWS_WITH(resumed.load_state({{"step", torch::zeros({1})}}),
-                    Contains("2 problems") && Contains("'base_lr' is missing"));
+  CHECK_THROWS_WITH(resumed.load_state({{"step", torch::zeros({1})}}), Contains("3 problems") &&
+                                                                           Contains("'base_lr' is missing") &&
+                                                                           Contains("'start' is missing"));
 }
 
 TEST_CASE("torch's own scheduler drives our optimizer", "[schedule]") {

@@ -12,12 +12,12 @@
 #include <vector>
 
 #include "peft/core/problems.h"
-#include "peft/core/site.h"
+#include "peft/core/weight_site.h"
 
 namespace peft {
 namespace internal {
 
-/// The untouched layer, remembering the type its last output had.
+/// The untouched layer, remembering the type its first output had.
 template <class Layer>
 class BaseView final : public LayerView {
  public:
@@ -61,42 +61,31 @@ class BaseView final : public LayerView {
   }
   const LayerView& base() const override { return *this; }
 
-  /// The type of the base's last output, which is the type the site returns.
+  /// The type of the base's first output, which is the type the site returns: what pieces compute with other
+  /// weights after it may be of another.
   std::optional<torch::ScalarType> output_type() const { return output_type_; }
 
  private:
   Tensor noted(Tensor y) const {
-    output_type_ = y.scalar_type();
+    if (!output_type_) output_type_ = y.scalar_type();
     return y;
   }
   const Layer& layer_;
   mutable std::optional<torch::ScalarType> output_type_;
 };
 
-/// A layer with one more piece on top.
-class PieceView final : public LayerView {
- public:
-  PieceView(const LayerView& below, PieceImpl& piece) : below_(below), piece_(piece) {}
-  Tensor forward(const Tensor& x) const override { return piece_.forward(x, below_); }
-  Weights weights() const override { return piece_.effective(below_.weights(), below_); }
-  Tensor apply(const Tensor& x, const Weights& weights) const override { return base().apply(x, weights); }
-  Tensor low_rank(const Tensor& x, const Tensor& A, const Tensor& B) const override {
-    return base().low_rank(x, A, B);
-  }
-  Tensor fold(const Tensor& BA) const override { return base().fold(BA); }
-  const LayerView& base() const override { return below_.base(); }
-
- private:
-  const LayerView& below_;
-  PieceImpl& piece_;
-};
-
-/// Calls `use` with the view on top of these pieces; the views live on the stack.
-template <class Use>
-auto with_pieces(const LayerView& view, PieceImpl* const* begin, PieceImpl* const* end, const Use& use) {
-  if (begin == end) return use(view);
-  const PieceView next(view, **begin);
-  return with_pieces(next, begin + 1, end, use);
+/// A copy of a plain layer, as frozen as it is.
+template <class Layer>
+Layer cloned_layer(const Layer& base) {
+  // A layer's clone() draws its weights before it copies them; the generator must not notice.
+  auto generator = at::globalContext().defaultGenerator(torch::kCPU);
+  const auto drawn = generator.get_state();
+  Layer layer(std::dynamic_pointer_cast<typename Layer::ContainedType>(base->clone()));
+  generator.set_state(drawn);
+  const auto from = base->named_parameters();
+  auto into = layer->named_parameters();
+  for (const auto& item : from) into[item.key()].set_requires_grad(item.value().requires_grad());
+  return layer;
 }
 
 }  // namespace internal
@@ -105,7 +94,7 @@ auto with_pieces(const LayerView& view, PieceImpl* const* begin, PieceImpl* cons
 /// checkpoints, `parameters()` and `save` see the plain layer; forwards, merges and clones run over the
 /// active pieces.
 template <class Layer, class Derived>
-class LayerSite : public SiteImpl {
+class LayerSite : public internal::WeightSite {
  public:
   explicit LayerSite(Layer layer) : base(std::move(layer)) { register_base(); }
 
@@ -130,53 +119,6 @@ class LayerSite : public SiteImpl {
   }
 
   Weights base_weights() const override { return internal::BaseView<Layer>(base).weights(); }
-
-  Weights merged_weights(const std::vector<std::string>& adapters) const override {
-    torch::NoGradGuard no_grad;
-    const internal::BaseView<Layer> view(base);
-    const auto pieces = resolve(adapters);
-    return internal::with_pieces(view, pieces.data(), pieces.data() + pieces.size(),
-                                 [](const LayerView& top) { return top.weights(); });
-  }
-
-  Weights delta(const std::string& adapter) const override {
-    torch::NoGradGuard no_grad;
-    const auto before = base_weights();
-    const auto after = merged_weights({adapter});
-    Weights difference;
-    if (after.weight.defined()) difference.weight = after.weight - before.weight;
-    if (after.bias.defined())
-      difference.bias = before.bias.defined() ? after.bias - before.bias : after.bias.clone();
-    return difference;
-  }
-
-  void swap_in(const Weights& weights, std::vector<std::string> adapters, bool keep) override {
-    torch::NoGradGuard no_grad;
-    const auto now = base_weights();
-    TORCH_CHECK(
-        now.bias.defined() || !weights.bias.defined(), "merge: '", path(),
-        "' has no bias to take the adapter's (hint: LoraOptions::lora_bias needs a base bias to merge)");
-    if (keep) kept_ = Weights{alias(now.weight), alias(now.bias)};
-    const auto put = [](Tensor parameter, const Tensor& value) {
-      if (!parameter.defined() || value.is_same(parameter)) return;
-      // A copy: the values may be a piece's own tensors.
-      parameter.set_data(value.to(parameter.options(), /*non_blocking=*/false, /*copy=*/true).contiguous());
-    };
-    put(now.weight, weights.weight);
-    put(now.bias, weights.bias);
-    merged_ = std::move(adapters);
-  }
-
-  void swap_out() override {
-    TORCH_INTERNAL_ASSERT(is_merged() && kept_);
-    const auto now = base_weights();
-    if (now.weight.defined()) Tensor(now.weight).set_data(kept_->weight);
-    if (now.bias.defined()) Tensor(now.bias).set_data(kept_->bias);
-    kept_.reset();
-    merged_.clear();
-  }
-
-  bool keeps_original() const override { return kept_.has_value(); }
 
   torch::OrderedDict<std::string, Tensor> base_parameters() const override {
     return base->named_parameters();
@@ -205,20 +147,8 @@ class LayerSite : public SiteImpl {
 
   std::shared_ptr<nn::Module> clone(const internal::OptionalDevice& device = {}) const override {
     torch::NoGradGuard no_grad;
-    // A layer's clone() draws its weights before it copies them; the generator must not notice.
-    auto generator = at::globalContext().defaultGenerator(torch::kCPU);
-    const auto drawn = generator.get_state();
-    Layer layer(std::dynamic_pointer_cast<typename Layer::ContainedType>(base->clone()));
-    generator.set_state(drawn);
-    const auto from = base->named_parameters();
-    auto into = layer->named_parameters();
-    for (const auto& item : from) into[item.key()].set_requires_grad(item.value().requires_grad());
-    auto result = std::make_shared<Derived>(layer);
-    result->copy_adapters_from(*this);
-    if (kept_) {
-      const auto own = [](const Tensor& t) { return t.defined() ? t.clone() : Tensor(); };
-      result->kept_ = Weights{own(kept_->weight), own(kept_->bias)};
-    }
+    auto result = std::make_shared<Derived>(internal::cloned_layer(base));
+    result->copy_weight_site(*this);
     if (device) result->to(*device);
     return result;
   }
@@ -233,19 +163,22 @@ class LayerSite : public SiteImpl {
 
  protected:
   /// The adapted F(x) of a single input.
-  Tensor chain(const Tensor& x) {
+  Tensor chain(const Tensor& x, bool positions = false) {
     const auto* rows = RowAdapters::current();
+    TORCH_CHECK(!rows || !positions, "RowAdapters: '", path(),
+                "' is called on relative positions, which the rows of a batch share");
     TORCH_CHECK(!rows || !is_merged(), "RowAdapters: '", path(), "' is merged (hint: unmerge first)");
     const internal::BaseView<Layer> view(base);
     if (rows) return mixed(x, *rows, *ForwardScope::active(activation()), view);
     const auto set = active_set();
-    return set ? compose(x, set->active, view) : view.forward(x);
+    return set ? compose(x, set->active, view, positions) : view.forward(x);
   }
 
  private:
   Tensor compose(const Tensor& x, const std::vector<std::string>& names,
-                 const internal::BaseView<Layer>& view) const {
-    const auto pieces = resolve(names);
+                 const internal::BaseView<Layer>& view, bool positions = false) const {
+    auto pieces = resolve(names);
+    if (positions) std::erase_if(pieces, [](const PieceImpl* piece) { return !piece->adapts_positions(); });
     auto y = internal::with_pieces(view, pieces.data(), pieces.data() + pieces.size(),
                                    [&](const LayerView& top) { return top.forward(x); });
     const auto type = view.output_type();
@@ -290,23 +223,11 @@ class LayerSite : public SiteImpl {
     for (const auto& child : base->named_children()) register_module(child.key(), child.value());
   }
 
-  template <class Move>
-  void move_kept(const Move& move) {
-    if (!kept_) return;
-    if (kept_->weight.defined()) move(kept_->weight);
-    if (kept_->bias.defined()) move(kept_->bias);
-  }
-
-  /// Another handle on the same memory, unmoved by a later `set_data` on the parameter.
-  static Tensor alias(const Tensor& parameter) { return parameter.defined() ? parameter.detach() : Tensor(); }
-
   void clone_(nn::Module& other, const internal::OptionalDevice& device) final {
     auto copy = std::dynamic_pointer_cast<Derived>(other.clone(device));
     TORCH_CHECK(copy != nullptr, "clone: '", path(), "' was registered as another kind of site");
     static_cast<Derived&>(*this) = *copy;
   }
-
-  std::optional<Weights> kept_;
 };
 
 /// A frozen layer that carries adapters. `Adapted<nn::Linear>(768, 768)` is a drop-in for `nn::Linear(768,
@@ -325,6 +246,9 @@ class AdaptedImpl : public LayerSite<Layer, AdaptedImpl<Layer>> {
 
   /// The adapted F(x).
   Tensor forward(const Tensor& x) { return this->chain(x); }
+  /// The same for a model that also calls this layer on its relative positions (DeBERTa's shared
+  /// projections): without the pieces that leave positions alone.
+  Tensor forward_positions(const Tensor& x) { return this->chain(x, /*positions=*/true); }
 };
 
 /// Holder of `AdaptedImpl`.

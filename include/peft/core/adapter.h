@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "peft/core/controller.h"
 #include "peft/core/problems.h"
 #include "peft/core/site.h"
 
@@ -63,13 +64,20 @@ class Adapter {
   /// Every tensor of the adapter, frozen ones and buffers too.
   std::vector<std::pair<std::string, Tensor>> named_tensors() const {
     std::vector<std::pair<std::string, Tensor>> named;
+    const SiteImpl* last = nullptr;
     for (const auto& entry : entries()) {
       const auto& path = entry.site->path();
-      const auto prefix = (path.empty() ? "" : path + ".") + entry.piece->method() + ".";
-      for (const auto& item : entry.piece->named_parameters())
-        named.emplace_back(prefix + item.key(), item.value());
-      for (const auto& item : entry.piece->named_buffers())
-        named.emplace_back(prefix + item.key(), item.value());
+      const auto add = [&](const std::string& method, const nn::Module& module) {
+        const auto prefix = (path.empty() ? "" : path + ".") + method + ".";
+        for (const auto& item : module.named_parameters())
+          named.emplace_back(prefix + item.key(), item.value());
+        for (const auto& item : module.named_buffers()) named.emplace_back(prefix + item.key(), item.value());
+      };
+      if (entry.site.get() != last) {
+        for (const auto& [method, shared] : entry.site->shared(name())) add("shared." + method, *shared);
+      }
+      last = entry.site.get();
+      add(entry.piece->method(), *entry.piece);
     }
     return named;
   }
@@ -79,6 +87,48 @@ class Adapter {
     int64_t total = 0;
     for (const auto& tensor : parameters()) total += tensor.numel();
     return total;
+  }
+
+  /// The penalty that training adds to the loss (AdaLoRA's orthogonality, say), of the tensors as they are: 0
+  /// where no method has one. `peft::AdamW` adds its gradient; do not add it to the loss as well.
+  Tensor penalty() const {
+    Tensor total = torch::zeros({});
+    for (const auto& controller : record().controllers) {
+      const auto term = controller->penalty();
+      if (term.defined()) total = total.to(term.device()) + term;
+    }
+    return total;
+  }
+
+  /// Around the step of an optimizer other than `peft::AdamW`, for methods with a controller: after backward,
+  /// before clipping. Returns the parameters that have just joined the adapter, for a new group of the
+  /// optimizer. Example:
+  /// ```
+  /// loss.backward();
+  /// for (auto& tensor : adapter.before_step()) optimizer.add_param_group({{tensor}});
+  /// optimizer.step();
+  /// adapter.after_step();
+  /// ```
+  std::vector<Tensor> before_step() const {
+    torch::NoGradGuard no_grad;
+    std::vector<Tensor> joined;
+    for (const auto& controller : record().controllers) {
+      controller->add_penalty_gradients();
+      for (const auto& [name, tensor] : controller->grow(foreign_step())) joined.push_back(tensor);
+    }
+    return joined;
+  }
+  /// After the step of such an optimizer, before its `zero_grad`.
+  void after_step() const {
+    torch::NoGradGuard no_grad;
+    for (const auto& controller : record().controllers) {
+      controller->after_update(foreign_step());
+    }
+    accept_changes();
+  }
+  /// Tells methods with a controller that the tensors were changed on purpose, outside a training step.
+  void accept_changes() const {
+    for (const auto& entry : entries()) entry.piece->mark();
   }
 
   /// Multiplies the adapter's contribution by `factor`; 1 is as trained. Throws, before anything is changed,
@@ -122,6 +172,10 @@ class Adapter {
     std::shared_ptr<AdapterRecord> record;
     std::vector<Entry> entries;
   };
+  static StepContext foreign_step() {
+    return {{}, [](const Tensor& parameter) { return parameter.grad().defined(); }};
+  }
+
   std::shared_ptr<State> state_;
 };
 

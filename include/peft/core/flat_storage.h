@@ -48,6 +48,23 @@ class FlatStorage {
     arrange();
   }
 
+  /// Further tensors, in segments of their own; those that are there stay where they are. `group`: one that
+  /// no tensor has yet. Their gradients count as undefined until something is written to them.
+  void append(const std::vector<Tensor>& tensors, size_t group) {
+    torch::NoGradGuard no_grad;
+    const auto first = tensors_.size();
+    tensors_.insert(tensors_.end(), tensors.begin(), tensors.end());
+    groups_.resize(tensors_.size(), group);
+    defined_.resize(tensors_.size(), false);
+    places_.resize(tensors_.size());
+    slices_.resize(tensors_.size());
+    lay_out(first, segments_, places_);
+    for (size_t i = first; i < tensors_.size(); ++i) {
+      move_in(i);
+      slices_[i].mark = slices_[i].gradient._version();
+    }
+  }
+
   const std::vector<Segment>& segments() const { return segments_; }
   const std::vector<Tensor>& tensors() const { return tensors_; }
   const Place& place(size_t index) const { return places_[index]; }
@@ -80,6 +97,9 @@ class FlatStorage {
     }
     return defined_;
   }
+
+  /// What the last `gather` returned; tensors appended since are undefined.
+  const std::vector<char>& defined() const { return defined_; }
 
   /// Clears all gradients. They stay allocated, but until something is written to one, `gather` calls it
   /// undefined.
@@ -145,46 +165,59 @@ class FlatStorage {
     }
   }
 
-  /// Makes the segments anew from what the tensors are now. Columns move along; gradients follow in `gather`.
-  void arrange() {
-    torch::NoGradGuard no_grad;
-    std::vector<Segment> segments;
-    std::vector<Place> places(tensors_.size());
+  /// Finds places in new segments for the tensors from `begin` on.
+  void lay_out(size_t begin, std::vector<Segment>& segments, std::vector<Place>& places) const {
+    const size_t old = segments.size();
     std::vector<int64_t> sizes;
-    for (size_t i = 0; i < tensors_.size(); ++i) {
+    for (size_t i = begin; i < tensors_.size(); ++i) {
       const auto first = [&](const Segment& segment) { return tensors_[segment.members.front()]; };
-      auto found = std::find_if(segments.begin(), segments.end(), [&](const Segment& segment) {
-        return segment.group == groups_[i] && first(segment).scalar_type() == tensors_[i].scalar_type() &&
-               first(segment).device() == tensors_[i].device();
-      });
+      auto found = std::find_if(
+          segments.begin() + static_cast<std::ptrdiff_t>(old), segments.end(), [&](const Segment& segment) {
+            return segment.group == groups_[i] && first(segment).scalar_type() == tensors_[i].scalar_type() &&
+                   first(segment).device() == tensors_[i].device();
+          });
       const auto index = static_cast<size_t>(found - segments.begin());
       if (found == segments.end()) {
         segments.push_back({groups_[i], {}, {}, {}, {}});
         sizes.push_back(0);
       }
       segments[index].members.push_back(i);
-      places[i] = {index, sizes[index]};
-      sizes[index] += tensors_[i].numel();
+      places[i] = {index, sizes[index - old]};
+      sizes[index - old] += tensors_[i].numel();
     }
-    for (size_t s = 0; s < segments.size(); ++s) {
+    for (size_t s = old; s < segments.size(); ++s) {
       // LibTorch's allocators align to 64 bytes or more.
+      const auto size = sizes[s - old];
       const auto options = tensors_[segments[s].members.front()].options().requires_grad(false);
-      segments[s].values = torch::empty({sizes[s]}, options);
-      segments[s].gradients = torch::zeros({sizes[s]}, options);
-      for (size_t c = 0; c < columns_; ++c) segments[s].columns.push_back(torch::zeros({sizes[s]}, options));
+      segments[s].values = torch::empty({size}, options);
+      segments[s].gradients = torch::zeros({size}, options);
+      for (size_t c = 0; c < columns_; ++c) segments[s].columns.push_back(torch::zeros({size}, options));
     }
+  }
+
+  /// Puts a tensor into its place.
+  void move_in(size_t i) {
+    auto& slice = slices_[i];
+    slice.value = view(segment_of(i).values, i);
+    slice.address = slice.value.data_ptr();
+    // variable_data() gives each gradient a version of its own; as views of the buffer all would share one.
+    slice.gradient = view(segment_of(i).gradients, i).variable_data();
+    slice.value.copy_(tensors_[i]);
+    tensors_[i].set_data(slice.value);
+  }
+
+  /// Makes the segments anew from what the tensors are now. Columns move along; gradients follow in `gather`.
+  void arrange() {
+    torch::NoGradGuard no_grad;
+    std::vector<Segment> segments;
+    std::vector<Place> places(tensors_.size());
+    lay_out(0, segments, places);
     const bool first_time = segments_.empty();
     auto old_segments = std::exchange(segments_, std::move(segments));
     auto old_places = std::exchange(places_, std::move(places));
     auto old_slices = std::exchange(slices_, std::vector<Slice>(tensors_.size()));
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      auto& slice = slices_[i];
-      slice.value = view(segment_of(i).values, i);
-      slice.address = slice.value.data_ptr();
-      // variable_data() gives each gradient a version of its own; as views of the buffer all would share one.
-      slice.gradient = view(segment_of(i).gradients, i).variable_data();
-      slice.value.copy_(tensors_[i]);
-      tensors_[i].set_data(slice.value);
+      move_in(i);
       if (first_time) continue;
       const auto& old = old_slices[i];
       if (tensors_[i].grad().is_same(old.gradient) && old.gradient._version() == old.mark) {

@@ -4,8 +4,10 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "peft/core/compat.h"
+#include "peft/core/shared.h"
 #include "peft/core/site_traits.h"
 
 namespace peft {
@@ -68,6 +70,19 @@ class PieceImpl : public nn::Module {
   /// others.
   virtual bool substitutes() const { return false; }
 
+  /// False for a piece that leaves the layer as it is where a model calls it on relative positions
+  /// (`AdaptedImpl::forward_positions`).
+  virtual bool adapts_positions() const { return true; }
+
+  /// Why this piece and another adapter's on the same site cannot be active together, or an empty string.
+  virtual std::string conflict(const PieceImpl&) const { return {}; }
+
+  /// True for a piece that trains only together with a controller.
+  virtual bool needs_controller() const { return false; }
+  /// Takes the parameters' present values for its own, so that the next forward in training can tell whether
+  /// something else changed them; of a piece that needs a controller.
+  virtual void mark() const {}
+
   /// True where the method's contribution has a strength.
   virtual bool scalable() const { return false; }
   /// Multiplies the piece's contribution by `factor` (1 is as trained).
@@ -75,6 +90,16 @@ class PieceImpl : public nn::Module {
     TORCH_CHECK_VALUE(factor == 1.0, method_, ": this method has no strength to scale, but got factor ",
                       factor);
   }
+
+  /// Of a method whose pieces share tensors: the part for these pieces of one adapter, in the model's order,
+  /// this one first. Leaves the global generator alone.
+  virtual std::shared_ptr<SharedImpl> make_shared_part(const std::vector<std::shared_ptr<PieceImpl>>&) const {
+    return nullptr;
+  }
+  /// Gives the piece the shared part of its adapter.
+  void tie(std::shared_ptr<SharedImpl> shared) { shared_ = std::move(shared); }
+  /// The shared part; nullptr for a method without one, and in a copy that nothing has tied yet.
+  const std::shared_ptr<SharedImpl>& shared() const { return shared_; }
 
   /// How many base values a piece makes different once merged.
   struct Changed {
@@ -99,6 +124,7 @@ class PieceImpl : public nn::Module {
  private:
   std::string method_;
   SiteInfo site_;
+  std::shared_ptr<SharedImpl> shared_;
 };
 
 /// Gives a method's piece its options and its copy. `Derived` must be constructible from (Options, SiteInfo).
@@ -117,14 +143,15 @@ class Piece : public PieceImpl {
         to[item.key()].set_requires_grad(item.value().requires_grad());
       }
     };
+    result->copy_state(static_cast<const Derived&>(*this));
     copy_all(this->named_parameters(), result->named_parameters());
     copy_all(this->named_buffers(), result->named_buffers());
     result->train(this->is_training());
-    result->copy_state(static_cast<const Derived&>(*this));
     return result;
   }
 
-  /// Copies what is neither a tensor nor an option; a method with such state hides it.
+  /// Copies what is neither a tensor's values nor an option; a method with such state hides it. Runs before
+  /// the values are copied, so that a piece that has grown can grow its copy.
   void copy_state(const Derived&) {}
 
   Options options;

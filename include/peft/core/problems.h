@@ -1,14 +1,15 @@
 // Problems: collects everything that is wrong before anything is changed, and reports it at once.
 #pragma once
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "peft/core/compat.h"
 
 namespace peft::internal {
 
@@ -80,6 +81,31 @@ std::string shape_text(const Shape& shape) {
     first = false;
   }
   return text + ")";
+}
+
+/// Compares named tensors on file with those they are for; what does not fit is added to `problems`.
+inline void check_tensors(const std::vector<std::pair<std::string, Tensor>>& expected,
+                          const std::map<std::string, Tensor>& given, Problems& problems) {
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : expected) {
+    names.push_back(name);
+    const auto found = given.find(name);
+    if (found == given.end()) {
+      problems.add("'" + name + "' is missing");
+    } else if (found->second.sizes() != tensor.sizes()) {
+      problems.add("'" + name + "' expected shape " + shape_text(tensor.sizes()) + ", but got " +
+                   shape_text(found->second.sizes()));
+    } else if (found->second.scalar_type() != tensor.scalar_type()) {
+      problems.add("'" + name + "' expected dtype " + c10::toString(tensor.scalar_type()) + ", but got " +
+                   c10::toString(found->second.scalar_type()));
+    }
+  }
+  std::sort(names.begin(), names.end());
+  for (const auto& item : given) {
+    if (!std::binary_search(names.begin(), names.end(), item.first)) {
+      problems.add("'" + item.first + "' is not expected");
+    }
+  }
 }
 
 }  // namespace peft::internal

@@ -38,10 +38,13 @@ struct Origin {
   std::vector<std::string> layers_pattern;
 };
 
+class Controller;
+
 /// What all pieces of one adapter share.
 struct AdapterRecord {
   std::string name;
   ModelDescription model;
+  std::vector<std::shared_ptr<Controller>> controllers;  ///< of the methods that have one
   bool has_optimizer = false;
 };
 
@@ -60,6 +63,13 @@ class SiteImpl : public nn::Module {
    public:
     Container() : nn::Module("Adapter") {}
     void add(const std::shared_ptr<PieceImpl>& piece) { register_module(piece->method(), piece); }
+    void add(const std::string& method, const std::shared_ptr<SharedImpl>& shared) {
+      if (!shared_) shared_ = register_module("shared", std::make_shared<nn::Module>("Shared"));
+      shared_->register_module(method, shared);
+    }
+
+   private:
+    std::shared_ptr<nn::Module> shared_;
   };
 
  public:
@@ -80,6 +90,8 @@ class SiteImpl : public nn::Module {
     }
   }
   const std::string& path() const { return path_; }
+  /// The last segment of its path, for a site that a parent holds under `key`.
+  virtual std::string segment(const std::string& key) const { return key; }
 
   /// The pieces of one adapter, in the order they compose; empty if it has none here.
   const std::vector<Attached>& pieces(const std::string& adapter) const {
@@ -95,7 +107,7 @@ class SiteImpl : public nn::Module {
 
   /// Hangs a piece into the module tree at `<adapter>.<method>`. `add_adapter` checks everything before.
   void attach(Attached attached) {
-    auto& [container, pieces] = adapters_[attached.record->name];
+    auto& [container, pieces, shared] = adapters_[attached.record->name];
     if (!container) container = register_module(attached.record->name, std::make_shared<Container>());
     container->add(attached.piece);
     attached.piece->train(is_training());
@@ -103,6 +115,24 @@ class SiteImpl : public nn::Module {
       return attached.piece->substitutes() && !other.piece->substitutes();
     });
     pieces.insert(under, std::move(attached));
+  }
+  /// Hangs what an adapter's pieces of one method share into the module tree, at
+  /// `<adapter>.shared.<method>`, and ties the pieces of this site to it.
+  void attach_shared(const std::string& adapter, const std::string& method,
+                     const std::shared_ptr<SharedImpl>& shared) {
+    auto& slot = adapters_.at(adapter);
+    slot.container->add(method, shared);
+    shared->train(is_training());
+    slot.shared.emplace(method, shared);
+    for (const auto& attached : slot.pieces) {
+      if (attached.piece->method() == method) attached.piece->tie(shared);
+    }
+  }
+  /// The shared parts that are registered here, by method.
+  const std::map<std::string, std::shared_ptr<SharedImpl>>& shared(const std::string& adapter) const {
+    static const std::map<std::string, std::shared_ptr<SharedImpl>> none;
+    const auto found = adapters_.find(adapter);
+    return found == adapters_.end() ? none : found->second.shared;
   }
   void detach(const std::string& adapter) {
     if (adapters_.erase(adapter)) unregister_module(adapter);
@@ -178,8 +208,12 @@ class SiteImpl : public nn::Module {
       if (found == other.adapters_.end()) continue;
       auto record = std::make_shared<AdapterRecord>(*found->second.pieces.front().record);
       record->has_optimizer = false;
+      record->controllers.clear();  // peft::clone copies them
       for (const auto& attached : found->second.pieces)
         attach({attached.piece->copy(), attached.origin, record});
+      // The pieces of other sites are tied by peft::clone and peft::adapter.
+      for (const auto& [method, shared] : found->second.shared)
+        attach_shared(child.key(), method, shared->copy());
     }
     train(other.is_training());
   }
@@ -203,6 +237,7 @@ class SiteImpl : public nn::Module {
   struct Slot {
     std::shared_ptr<Container> container;
     std::vector<Attached> pieces;
+    std::map<std::string, std::shared_ptr<SharedImpl>> shared;  ///< by method
   };
   std::map<std::string, Slot> adapters_;
   std::vector<std::string> merged_;

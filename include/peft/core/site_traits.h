@@ -51,6 +51,18 @@ inline const char* to_string(Needs needs) {
   return "?";
 }
 
+/// How Hugging Face PEFT's files name a site that is no module there.
+struct FileNames {
+  enum class Kind : std::uint8_t {
+    layer,      ///< a module, named by its path
+    part,       ///< a part of the module above, which is what targets name (MultiheadAttention)
+    parameter,  ///< a parameter of the module above (`target_parameters`)
+  };
+  Kind kind = Kind::layer;
+  std::string level;                             ///< of a part: between the module's path and a tensor's name
+  std::string weight = "weight", bias = "bias";  ///< the site's own tensors
+};
+
 /// What a method may know of the layer it will sit on. Shapes of low-rank factors follow from it, for every
 /// kind of layer: A (rank, *fan_in), B (fan_out, rank / groups, *ones), where `ones` has the length of fan_in
 /// minus one.
@@ -62,13 +74,29 @@ struct SiteInfo {
   std::vector<int64_t> bias_shape;    ///< empty if there is no bias
   std::vector<int64_t>
       fan_in;  ///< inputs of one output: {in}, {C, kh, kw}, {num_embeddings}; empty: no low-rank form
-  int64_t fan_out = 0;          ///< outputs: out, O, embedding_dim
-  int64_t groups = 1;           ///< of a convolution
-  bool lookup = false;          ///< the input is indices, not activations
-  bool fan_in_fan_out = false;  ///< the weight is stored (in, out)
+  int64_t fan_out = 0;           ///< outputs: out, O, embedding_dim
+  int64_t groups = 1;            ///< of a convolution
+  bool lookup = false;           ///< the input is indices, not activations
+  int64_t padding_row = -1;      ///< of a lookup: the row that gets no gradient
+  bool rescales_rows = false;    ///< of a lookup: by max_norm, or the gradients by frequency
+  bool fan_in_fan_out = false;   ///< the weight is stored (in, out)
+  bool weights_only = false;     ///< pieces act through W′ alone: the layer's input is out of their reach
+  bool ignores_dropout = false;  ///< and dropout is accepted without effect, as in the reference
+  bool bare = false;             ///< a tensor without a layer (Hugging Face's `target_parameters`)
+  /// Of a 3-d weight: how many matrices it stacks, each (fan_out, expert_in). Of several, fan_in is empty.
+  int64_t experts = 1, expert_in = 0;
+  /// (out, in) of the layer whose low-rank factors the reference draws, and discards, before this one's.
+  std::vector<int64_t> drawn_before;
   torch::ScalarType dtype = torch::kFloat32;
   torch::Device device = torch::kCPU;
+  FileNames files;
 
+  /// What names in options and configs are compared with: the path, or that of the module above of a part.
+  std::string target() const {
+    if (files.kind != FileNames::Kind::part) return path;
+    const auto dot = path.rfind('.');
+    return dot == std::string::npos ? "" : path.substr(0, dot);
+  }
   bool has_bias() const { return !bias_shape.empty(); }
   bool offers_to(Needs needs) const { return std::find(offers.begin(), offers.end(), needs) != offers.end(); }
 };
@@ -138,6 +166,8 @@ struct SiteTraits<nn::Embedding> {
     info.fan_in = {layer->weight.size(0)};
     info.fan_out = layer->weight.size(1);
     info.lookup = true;
+    info.padding_row = layer->options.padding_idx().value_or(-1);
+    info.rescales_rows = layer->options.max_norm() || layer->options.scale_grad_by_freq();
     return info;
   }
 };

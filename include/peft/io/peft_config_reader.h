@@ -3,11 +3,8 @@
 
 #include <algorithm>
 #include <cctype>
-#include <cmath>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
-#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -17,7 +14,7 @@
 #include "peft/core/problems.h"
 #include "peft/io/config_json.h"
 #include "peft/io/peft_config.h"
-#include "peft/io/python_regex.h"
+#include "peft/io/peft_fields.h"
 
 namespace peft::internal {
 
@@ -26,245 +23,148 @@ namespace peft::internal {
 /// default.
 class PeftConfigReader {
  public:
-  using Note = std::function<void(const std::string&)>;
-
-  PeftConfigReader(const std::filesystem::path& file, Problems& problems, const Note& note)
-      : json_(read_json_object(file)), problems_(problems), note_(note) {}
+  /// `model_type`: Hugging Face's name of the base's kind.
+  PeftConfigReader(const std::filesystem::path& file, const std::string& model_type, Problems& problems,
+                   const Note& note)
+      : fields_(read_json_object(file), model_type, problems, note), note_(note) {}
 
   PeftConfig read() {
-    if (!has("peft_type")) {
-      complain("peft_type", "must be given");
-    } else {
-      config_.peft_type = string("peft_type");
-    }
-    if (config_.peft_type != "LORA" && config_.peft_type != "BIAS" && config_.peft_type != "REPLACE") {
-      complain("peft_type", "must be LORA, BIAS or REPLACE (other methods are not supported yet)");
-      return config_;
-    }
-    config_.task_type = string("task_type");
-    if (has("task_type") &&
+    if (!find_type()) return config_;
+    known_ = default_json(config_.format);
+    config_.task_type = fields_.string("task_type");
+    if (fields_.has("task_type") &&
         std::find(task_types.begin(), task_types.end(), config_.task_type) == task_types.end()) {
-      complain("task_type",
-               "must be one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS, "
-               "FEATURE_EXTRACTION");
+      fields_.complain("task_type",
+                       "must be one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS, "
+                       "FEATURE_EXTRACTION",
+                       /*decides_shapes=*/false);
     }
-    config_.base_model = string("base_model_name_or_path");
-    config_.modules_to_save = strings("modules_to_save");
-    if (config_.is_own()) config_.bias_modules = strings("bias_modules");
-    read_targets();
-    if (config_.has_lora()) read_lora();
-    refuse_features();
+    if (fields_.has("base_model_name_or_path") && !fields_.value("base_model_name_or_path").is_string()) {
+      fields_.complain("base_model_name_or_path", "must be a string", /*decides_shapes=*/false);
+    } else {
+      config_.base_model = fields_.string("base_model_name_or_path");
+    }
+    config_.modules_to_save = fields_.strings("modules_to_save");
+    if (config_.own) config_.bias_modules = fields_.strings("bias_modules");
+    if (config_.format) {
+      read_targets();
+      read_bias();
+      config_.part = config_.format->read(fields_);
+      config_.further_parts = config_.format->further_parts(fields_, config_.part);
+    }
     note_unknown();
+    config_.usable = fields_.usable();
     return config_;
   }
 
  private:
-  bool has(const std::string& key) const { return json_.contains(key) && !json_[key].is_null(); }
+  /// Decides which row of the table reads the file. Returns false where none does.
+  bool find_type() {
+    config_.usable = false;
+    const auto type = fields_.string("peft_type");
+    if (!fields_.has("peft_type")) {
+      fields_.complain("peft_type", "must be given");
+      return false;
+    }
+    config_.own = type == "BIAS" || type == "REPLACE";
+    if (!config_.own) {
+      config_.format = format_of(type);
+      if (!config_.format) fields_.complain("peft_type", "must be one of " + known_types());
+      return config_.format;
+    }
+    if (!fields_.has("target_modules")) return true;
+    const auto method = fields_.has("method") ? fields_.string("method") : "LORA";
+    config_.format = format_of(method);
+    if (!config_.format) fields_.complain("method", "must be one of " + known_types());
+    return config_.format;
+  }
+  static std::string known_types() {
+    std::vector<std::string> types{"BIAS", "REPLACE"};
+    for (const auto& format : peft_formats()) types.push_back(format->peft_type());
+    std::sort(types.begin(), types.end());
+    types.erase(std::unique(types.begin(), types.end()), types.end());
+    std::string text;
+    for (const auto& type : types) text += (text.empty() ? "" : ", ") + type;
+    return text;
+  }
 
-  void complain(const std::string& key, const std::string& must) {
-    problems_.add(std::string(config_file_name) + ": '" + key + "' " + must + ", but got " +
-                  (json_.contains(key) ? json_text(json_[key]) : "none"));
-    static const std::set<std::string> harmless{
-        "task_type",  "lora_alpha",    "lora_dropout",     "base_model_name_or_path",
-        "use_rslora", "alpha_pattern", "init_lora_weights"};
-    if (!harmless.count(key)) config_.usable = false;
-  }
-  std::string string(const std::string& key) {
-    if (!has(key)) return {};
-    if (!json_[key].is_string()) {
-      complain(key, "must be a string");
-      return {};
-    }
-    return json_[key].get<std::string>();
-  }
-  bool boolean(const std::string& key) {
-    if (!has(key)) return false;
-    if (!json_[key].is_boolean()) complain(key, "must be true or false");
-    return json_[key] == true;
-  }
-  double number(const std::string& key, double absent, const std::function<bool(double)>& fits,
-                const std::string& must) {
-    if (!json_.contains(key)) return absent;
-    const auto& value = json_[key];
-    if (!value.is_number() || !fits(value.get<double>())) {
-      complain(key, must);
-      return absent;
-    }
-    return value.get<double>();
-  }
-  static bool is_rank(const nlohmann::ordered_json& value) {
-    return value.is_number_integer() && value.get<int64_t>() >= 1 &&
-           value.get<int64_t>() <= std::numeric_limits<int32_t>::max();
-  }
-  std::vector<std::string> strings(const std::string& key, bool lone = false) {
-    std::vector<std::string> found;
-    if (!has(key)) return found;
-    const auto& value = json_[key];
-    if (lone && value.is_string()) return {value.get<std::string>()};
-    bool fits = value.is_array();
-    for (const auto& item : value) {
-      if (fits && item.is_string() && !item.get<std::string>().empty()) {
-        const auto text = item.get<std::string>();
-        if (std::find(found.begin(), found.end(), text) == found.end()) found.push_back(text);
-      } else {
-        fits = false;
-      }
-    }
-    if (!fits) complain(key, "must be a list of names");
-    return found;
-  }
-  /// An expression of Python's, for std::regex.
-  std::string expression(const std::string& key, const std::string& text) {
-    const auto converted = to_ecmascript(text);
-    if (!converted.problem.empty()) {
-      complain(key,
-               "must hold regular expressions this library can read: '" + text + "' " + converted.problem);
-    }
-    return converted.text;
-  }
+  /// True where the method has this key and the file gives it.
+  bool has(const std::string& key) const { return known_.contains(key) && fields_.has(key); }
 
   void read_targets() {
     if (has("target_modules")) {
       config_.has_targets = true;
-      if (const auto& value = json_["target_modules"]; value.is_string()) {
+      if (const auto& value = fields_.value("target_modules"); value.is_string()) {
         auto text = value.get<std::string>();
         auto lower = text;
         std::transform(lower.begin(), lower.end(), lower.begin(),
                        [](unsigned char c) { return std::tolower(c); });
         config_.all_linear = lower == "all-linear";
-        if (!config_.all_linear) config_.target_pattern = expression("target_modules", text);
+        if (!config_.all_linear) config_.target_pattern = fields_.expression("target_modules", text);
         for (const char* key : {"layers_to_transform", "layers_pattern"}) {
-          if (has(key)) complain(key, "must be null where 'target_modules' is a string");
+          if (has(key)) fields_.complain(key, "must be null where 'target_modules' is a string");
         }
       } else {
-        config_.target_names = strings("target_modules");
-        if (value.is_array() && value.empty()) complain("target_modules", "must name at least one module");
+        config_.target_names = fields_.strings("target_modules");
+        if (value.is_array() && value.empty() && !has("target_parameters")) {
+          fields_.complain("target_modules", "must name at least one module");
+        }
       }
     }
-    if (has("exclude_modules") && json_["exclude_modules"].is_string()) {
-      config_.exclude_pattern = expression("exclude_modules", string("exclude_modules"));
-    } else {
-      config_.exclude_names = strings("exclude_modules");
+    // Python then adds no targets of its own.
+    config_.has_targets = config_.has_targets || has("target_parameters");
+    if (has("exclude_modules")) {
+      if (fields_.value("exclude_modules").is_string()) {
+        config_.exclude_pattern = fields_.expression("exclude_modules", fields_.string("exclude_modules"));
+      } else {
+        config_.exclude_names = fields_.strings("exclude_modules");
+      }
     }
     if (has("layers_to_transform")) {
-      const auto& value = json_["layers_to_transform"];
+      const auto& value = fields_.value("layers_to_transform");
       const auto one_by_one = value.is_array() ? value : nlohmann::ordered_json::array({value});
       for (const auto& item : one_by_one) {
         if (!item.is_number_integer()) {
-          complain("layers_to_transform", "must be an integer or a list of them");
+          fields_.complain("layers_to_transform", "must be an integer or a list of them");
           break;
         }
         config_.layers.push_back(item.get<int64_t>());
       }
     }
-    for (const auto& pattern : strings("layers_pattern", /*lone=*/true)) {
-      config_.layers_pattern.push_back(expression("layers_pattern", pattern));
-    }
-    if (!config_.layers_pattern.empty() && !has("layers_to_transform")) {
-      complain("layers_to_transform", "must be given where 'layers_pattern' is");
-    }
-  }
-
-  void read_lora() {
-    auto& lora = config_.lora;
-    if (json_.contains("r")) {
-      if (is_rank(json_["r"])) {
-        lora.rank(json_["r"].get<int64_t>());
-      } else {
-        complain("r", "must be an integer of at least 1");
+    if (has("layers_pattern")) {
+      for (const auto& pattern : fields_.strings("layers_pattern", /*lone=*/true)) {
+        config_.layers_pattern.push_back(fields_.expression("layers_pattern", pattern));
       }
     }
-    const auto finite = [](double value) { return std::isfinite(value); };
-    lora.alpha(number("lora_alpha", 8.0, finite, "must be a finite number"));
-    lora.dropout(number(
-        "lora_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
-    lora.rslora(boolean("use_rslora")).lora_bias(boolean("lora_bias"));
-    boolean("fan_in_fan_out");  // the layer knows
-    read_init();
-    std::vector<Pattern<int64_t>> ranks;
-    std::vector<Pattern<double>> alphas;
-    each("rank_pattern", [&](const std::string& pattern, const nlohmann::ordered_json& value) {
-      if (!is_rank(value)) return false;
-      ranks.emplace_back(pattern, value.get<int64_t>());
-      return true;
-    });
-    each("alpha_pattern", [&](const std::string& pattern, const nlohmann::ordered_json& value) {
-      if (!value.is_number()) return false;
-      alphas.emplace_back(pattern, value.get<double>());
-      return true;
-    });
-    lora.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
-    const auto bias = has("bias") ? string("bias") : "none";
+    if (!config_.layers_pattern.empty() && !has("layers_to_transform")) {
+      fields_.complain("layers_to_transform", "must be given where 'layers_pattern' is");
+    }
+  }
+
+  void read_bias() {
+    if (!has("bias")) return;
+    const auto of_targets = config_.format->bias_of_targets();
+    const auto bias = fields_.string("bias");
     if (bias == "all") {
       config_.bias = BiasMode::all;
-    } else if (bias == "lora_only") {
-      config_.bias = BiasMode::lora_only;
+    } else if (bias == of_targets) {
+      config_.bias = BiasMode::targets;
     } else if (bias != "none") {
-      complain("bias", R"(must be "none", "all" or "lora_only")");
-    }
-  }
-
-  /// Calls `take` for every pair of a map from expressions to numbers.
-  template <class Take>
-  void each(const std::string& key, const Take& take) {
-    if (!has(key)) return;
-    const auto must = key == "rank_pattern" ? "must map expressions to integers of at least 1"
-                                            : "must map expressions to numbers";
-    if (!json_[key].is_object()) return complain(key, must);
-    for (const auto& [pattern, value] : json_[key].items()) {
-      if (!take(expression(key, pattern), value)) return complain(key, must);
-    }
-  }
-
-  /// How the tensors began does not matter once they are read, unless the base was changed too.
-  void read_init() {
-    if (!has("init_lora_weights")) return;
-    const auto& value = json_["init_lora_weights"];
-    if (value.is_boolean()) {
-      config_.lora.init(value.get<bool>() ? LoraInit::kaiming : LoraInit::random);
-      return;
-    }
-    const auto name = value.is_string() ? value.get<std::string>() : "";
-    for (const char* mutates : {"pissa", "olora", "corda", "lora_ga", "loftq"}) {
-      if (!name.starts_with(mutates)) continue;
-      problems_.add(
-          std::string(config_file_name) + ": 'init_lora_weights' \"" + name +
-          "\" belongs to a base whose weights were changed, and is not supported (hint: in Python, save with "
-          "path_initial_model_for_weight_conversion to get a plain LoRA)");
-      return;
-    }
-    if (name == "gaussian") {
-      config_.lora.init(LoraInit::gaussian);
-    } else if (name != "eva" && name != "orthogonal" && name != "mica") {
-      complain("init_lora_weights", R"(must be true, false, "gaussian", "eva", "orthogonal" or "mica")");
-    }
-  }
-
-  void refuse_features() {
-    for (const char* key :
-         {"use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
-          "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config",
-          "velora_config", "monteclora_config", "megatron_config", "ensure_weight_tying"}) {
-      if (!has(key) || json_[key] == false) continue;
-      if (json_[key].is_structured() && json_[key].empty()) continue;
-      const auto name = std::string(key) == "use_dora" ? "DoRA (use_dora)" : "'" + std::string(key) + "'";
-      problems_.add(std::string(config_file_name) + ": " + name + " is not supported yet, but got " +
-                    json_text(json_[key]));
-      config_.usable = false;
+      fields_.complain("bias", R"(must be "none", "all" or ")" + of_targets + "\"");
     }
   }
 
   void note_unknown() {
-    static const auto known = default_lora_json();
-    for (const auto& [key, value] : json_.items()) {
-      if (known.contains(key) || (config_.is_own() && key == "bias_modules")) continue;
+    static const std::set<std::string> own_keys{"bias_modules", "method", "modules_to_save"};
+    for (const auto& [key, value] : fields_.json().items()) {
+      if (known_.contains(key) || (config_.own && own_keys.count(key))) continue;
       note_(std::string(config_file_name) + ": the unknown key '" + key + "' was ignored");
     }
   }
 
-  nlohmann::ordered_json json_;
-  Problems& problems_;
+  ConfigFields fields_;
   const Note& note_;
+  nlohmann::json known_;
   PeftConfig config_;
 };
 

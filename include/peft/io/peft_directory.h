@@ -39,14 +39,15 @@ namespace peft {
 /// ```
 inline std::vector<std::string> save_adapter(const Adapter& adapter, const std::filesystem::path& directory) {
   std::vector<std::string> notes;
-  const auto config = internal::exported_config(adapter, notes);
+  internal::PeftExporter exporter(adapter, notes);
+  const auto config = exporter.text();
   std::vector<std::pair<std::string, Tensor>> tensors;
-  for (const auto& [key, tensor] : internal::keyed_tensors(adapter.entries())) {
-    tensors.emplace_back(std::string(internal::model_prefix) + key, tensor);
+  for (auto& [key, tensor] : internal::keyed_tensors(adapter.entries(), exporter.format())) {
+    tensors.emplace_back(key, std::move(tensor));
   }
   const auto write = [&](const std::filesystem::path& folder) {
     AtomicFile text(folder / internal::config_file_name);
-    text.write(internal::config_text(config));
+    text.write(config);
     save_safetensors(folder / internal::tensor_file_name, tensors);
     text.commit();
   };
@@ -114,7 +115,7 @@ inline bool absorb(Problems& problems, const Problems& more) {
 /// Where each kind of piece came from, so that a loaded adapter is written as it was.
 inline std::shared_ptr<const Origin> origin_of(const PeftConfig& config, const PieceImpl& piece) {
   Origin origin;
-  if (dynamic_cast<const LoraImpl*>(&piece)) {
+  if (config.format && config.format->owns(piece)) {
     if (!config.exclude_pattern.empty()) return std::make_shared<Origin>(origin);
     origin = {config.target_names, config.target_pattern, config.exclude_names, config.layers,
               config.layers_pattern};
@@ -131,10 +132,10 @@ inline void print_note(const std::string& line) { std::cerr << line + "\n"; }
 
 }  // namespace internal
 
-/// Reads an adapter from a folder written by `save_adapter` or by Python PEFT (LoRA) and puts it on the model
-/// under a name of its own: frozen, unless it is to train on. Reads `directory`, or `directory/name` if there
-/// is no config in `directory`; `adapter_model.bin` where there is no safetensors file. Half types are
-/// widened to float32. Draws nothing.
+/// Reads an adapter from a folder written by `save_adapter` or by Python PEFT (the methods of
+/// io/peft_formats.h) and puts it on the model under a name of its own: frozen, unless it is to train on.
+/// Reads `directory`, or `directory/name` if there is no config in `directory`; `adapter_model.bin` where
+/// there is no safetensors file. Half types are widened to float32. Draws nothing.
 ///
 /// `note` takes what a user should know, a line each: unknown keys of the config, values that are not finite.
 ///
@@ -151,30 +152,34 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   const auto folder = adapter_folder(directory, name);
   const auto title = "load_adapter: '" + folder.string() + "'";
   Problems problems;
-  auto config = PeftConfigReader(folder / config_file_name, problems, note).read();
-  AdapterTensors file(folder, {name, "default"}, problems);
   const auto record = make_record(model, name);
+  auto config = PeftConfigReader(folder / config_file_name, record->model.model_type, problems, note).read();
+  AdapterTensors file(folder, {name, "default"}, problems);
   const ModuleFinder finder(model);
-  if (config.usable && config.peft_type == "LORA" && !config.has_targets) {
-    config.target_names = default_lora_targets(record->model.model_type);
-    if (config.target_names.empty()) {
-      problems.add(std::string(config_file_name) +
-                   ": 'target_modules' must be given for a base of this kind (model_type '" +
-                   record->model.model_type + "'), but got none");
-    }
+  const bool targets_follow = config.usable && !config.own && !config.has_targets;
+  if (targets_follow) config.target_names = config.format->default_targets(record->model.model_type);
+  const bool targeted = config.all_linear || !config.target_names.empty() || !config.target_pattern.empty();
+  if (targets_follow && !targeted && config.further_parts.empty()) {
+    problems.add(std::string(config_file_name) +
+                 ": 'target_modules' must be given for a base of this kind (model_type '" +
+                 record->model.model_type + "'), but got none");
   }
-  if (!config.usable || (config.has_lora() && !config.all_linear && config.target_names.empty() &&
-                         config.target_pattern.empty())) {
-    problems.raise(title);
-  }
+  if (!config.usable || (config.format && !targeted && config.further_parts.empty())) problems.raise(title);
 
   Problems misfits;
-  const auto lora = config.has_lora() ? finder.lora_sites(config, misfits, note) : std::vector<std::string>{};
-  const auto saved = finder.saved_sites(config, misfits);
-  const auto biases = finder.bias_sites(config, lora, saved, misfits);
-  const bool fits = absorb(problems, misfits);
+  std::vector<std::string> adapted;
   std::vector<Part> parts;
-  if (!lora.empty()) parts.push_back(on(config.lora, finder.at(lora)));
+  try {
+    if (targeted) adapted = finder.method_sites(config, misfits, note);
+    if (!adapted.empty()) parts.push_back(config.part(finder.at(adapted)));
+  } catch (const c10::Error& error) {  // options out of range
+    problems.add(std::string(config_file_name) + ": " + error.what_without_backtrace());
+    problems.raise(title);
+  }
+  const auto saved = finder.saved_sites(config, misfits);
+  const auto biases = finder.bias_sites(config, adapted, saved, misfits);
+  const bool fits = absorb(problems, misfits);
+  parts.insert(parts.end(), config.further_parts.begin(), config.further_parts.end());
   if (!saved.empty()) parts.push_back(on(ReplaceOptions(), finder.at(saved)));
   if (!biases.empty()) parts.push_back(on(BiasOptions(), finder.at(biases)));
   if (parts.empty()) problems.raise(title);
@@ -186,15 +191,24 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     problems.raise(title);
   }
   std::map<std::string, Tensor> repeated;
+  Entries owned;
+  for (const auto& [site, method, part] : plan.shared) part->place(site->info());
   for (auto& entry : plan.entries) {
     entry.piece->place();
     entry.origin = origin_of(config, *entry.piece);
-    if (std::dynamic_pointer_cast<LoraImpl>(entry.piece)) {
-      repeated.emplace(entry.site->path() + ".base_layer.weight", entry.site->base_weights().weight);
-    }
+    if (!config.format || !config.format->owns(*entry.piece)) continue;
+    owned.push_back(entry);
+    repeated.emplace(std::string(model_prefix) + entry.site->path() + ".base_layer.weight",
+                     entry.site->base_weights().weight);
   }
-  const auto tensors = keyed_tensors(plan.entries);
-  if (fits && file.readable()) file.check(tensors, repeated);
+  try {
+    if (!owned.empty()) config.format->complete(owned);
+  } catch (const c10::Error& error) {
+    problems.add(error.what_without_backtrace());
+    problems.raise(title);
+  }
+  const auto tensors = keyed_tensors(plan.entries, config.format, /*loading=*/true);
+  if (fits && file.readable()) file.check(tensors, repeated, config.format);
   problems.raise(title);
 
   file.copy_into(tensors);

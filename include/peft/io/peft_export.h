@@ -3,9 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <regex>
 #include <set>
 #include <string>
@@ -15,10 +15,11 @@
 #include "peft/core/adapter.h"
 #include "peft/core/problems.h"
 #include "peft/io/peft_config.h"
-#include "peft/io/peft_tensors.h"
+#include "peft/io/peft_format.h"
+#include "peft/io/peft_formats.h"
+#include "peft/io/peft_places.h"
 #include "peft/io/python_regex.h"
 #include "peft/methods/bias.h"
-#include "peft/methods/lora.h"
 #include "peft/methods/replace.h"
 #include "peft/model/targets.h"
 
@@ -33,50 +34,75 @@ class PeftExporter {
  public:
   PeftExporter(const Adapter& adapter, std::vector<std::string>& notes) : adapter_(adapter), notes_(notes) {}
 
-  PeftConfig config() {
+  /// The text of the adapter_config.json: Python's keys, sorted, indented by 2.
+  std::string text() {
     sort_entries();
     config_.base_model = adapter_.record().model.name_or_path;
     config_.task_type = adapter_.record().model.task_type;
-    if (!loras_.empty()) {
-      config_.has_targets = true;
-      set_options();
-      set_targets();
-    }
+    if (config_.format) set_targets();
     set_saved();
     set_bias();
-    if (loras_.empty()) {
-      own("it has no LoRA, and Python has no such method");
+    if (!config_.format) {
+      own("it has no LoRA or other method Python has");
+    } else if (const auto why = config_.format->unreadable(methods_); !why.empty()) {
+      own(why);
+    } else if (!saved_.empty() && !knows("modules_to_save")) {
+      own("Python trains no layers of their own beside " + config_.format->title());
     } else {
-      for (const auto& lora : loras_) {
-        if (lies_under(path(lora), config_.modules_to_save)) {
-          own("'" + path(lora) + "' carries a LoRA inside a layer of its own");
+      for (const auto& target : targeted_) {
+        if (lies_under(target_of(target), config_.modules_to_save)) {
+          own("'" + path(target) + "' carries a " + config_.format->title() + " inside a layer of its own");
           break;
         }
       }
     }
-    if (config_.is_own()) set_own();
+    if (config_.own) set_own();
     check_head();
-    return config_;
+    return json().dump(2);
   }
+
+  const PeftFormat* format() const { return config_.format; }
 
  private:
   using Entry = Adapter::Entry;
 
   static const std::string& path(const Entry& entry) { return entry.site->path(); }
-  static std::vector<std::string> paths(const std::vector<Entry>& entries) {
+  static std::vector<std::string> paths(const Entries& entries) {
     std::vector<std::string> found;
     for (const auto& entry : entries) found.push_back(path(entry));
     return found;
   }
-  static const LoraImpl& lora(const Entry& entry) { return static_cast<const LoraImpl&>(*entry.piece); }
+
+  /// What Python's targets name: the module above, of a part of one.
+  static std::string target_of(const Entry& entry) { return entry.site->info().target(); }
+  std::vector<std::string> targets() const {
+    std::vector<std::string> found;
+    for (const auto& entry : targeted_) {
+      const auto target = target_of(entry);
+      if (std::find(found.begin(), found.end(), target) == found.end()) found.push_back(target);
+    }
+    return found;
+  }
 
   void sort_entries() {
     Problems problems;
+    const auto* of_all = format_of(adapter_.entries());
     for (const auto& entry : adapter_.entries()) {
-      if (path(entry).empty())
+      const bool in_module = entry.site->info().files.kind != FileNames::Kind::layer;
+      if (path(entry).empty()) {
         problems.add("the model is a layer itself, and the file names layers by their path in one");
-      if (std::dynamic_pointer_cast<LoraImpl>(entry.piece)) {
-        loras_.push_back(entry);
+      } else if (in_module && path(entry).find('.') == std::string::npos) {
+        problems.add("'" + path(entry) + "' belongs to the model itself, and the file names modules in one");
+      }
+      const auto* format = of_all && of_all->owns(*entry.piece) ? of_all : format_of(*entry.piece);
+      if (format && config_.format && format != config_.format) {
+        problems.add("'" + path(entry) + "' carries a " + format->title() + " and '" +
+                     path(methods_.front()) + "' a " + config_.format->title() +
+                     ", but one config holds one method (hint: make them two adapters)");
+      } else if (format) {
+        config_.format = format;
+        methods_.push_back(entry);
+        if (format->is_targeted(entry)) targeted_.push_back(entry);
       } else if (std::dynamic_pointer_cast<BiasImpl>(entry.piece)) {
         biases_.push_back(entry);
       } else if (std::dynamic_pointer_cast<ReplaceImpl>(entry.piece)) {
@@ -86,97 +112,45 @@ class PeftExporter {
       }
     }
     if (adapter_.entries().empty()) problems.add("the adapter has no pieces");
-    for (const auto& entry : loras_) {
-      const auto& first = lora(loras_.front()).options;
-      const auto& other = lora(entry).options;
-      if (other.rslora() != first.rslora() || other.lora_bias() != first.lora_bias()) {
-        problems.add("'" + path(entry) + "' must have the same rslora and lora_bias as '" +
-                     path(loras_.front()) + "', for one config holds both (hint: make them two adapters)");
-      }
-    }
+    raise(problems);
+  }
+  void raise(const Problems& problems) const {
     problems.raise("save_adapter: '" + adapter_.name() + "' cannot be written");
   }
 
-  // Several blocks of rows (`enable`) become one LoRA of as many times the rank; the scale stays.
-  static int64_t blocks(const LoraOptions& options) {
-    const auto on = std::count(options.enable().begin(), options.enable().end(), true);
-    return on ? static_cast<int64_t>(on) : 1;
-  }
-  static double exported_alpha(const LoraOptions& options, double alpha) {
-    const auto k = static_cast<double>(blocks(options));
-    return alpha * (options.rslora() ? std::sqrt(k) : k);
-  }
-  static int64_t rank(const Entry& entry) { return lora(entry).rank * blocks(lora(entry).options); }
-  static double alpha(const Entry& entry) { return exported_alpha(lora(entry).options, lora(entry).alpha); }
-
-  void set_options() {
-    const auto& first = lora(loras_.front()).options;
-    const auto k = blocks(first);
-    config_.lora = LoraOptions(first.rank() * k)
-                       .alpha(exported_alpha(first, first.alpha()))
-                       .dropout(first.dropout())
-                       .rslora(first.rslora())
-                       .lora_bias(first.lora_bias())
-                       .init(first.init());
-    bool readable = true;
-    std::map<std::string, int64_t> ranks;  // in the order of the file, which is the order of matching
-    std::map<std::string, double> alphas;
-    for (const auto& [pattern, value] : first.rank_pattern()) {
-      readable = readable && reads_alike_in_python(pattern);
-      ranks.emplace(pattern, value * k);
+  /// All keys, the common ones first, so that the method's row sees them.
+  nlohmann::json json() {
+    const auto* format = config_.format;
+    auto json = default_json(format);
+    json["peft_type"] = !config_.own ? format->peft_type() : biases_.empty() ? "REPLACE" : "BIAS";
+    if (!config_.task_type.empty()) json["task_type"] = config_.task_type;
+    if (!config_.base_model.empty()) json["base_model_name_or_path"] = config_.base_model;
+    if (!config_.modules_to_save.empty()) json["modules_to_save"] = config_.modules_to_save;
+    if (config_.own) json["bias_modules"] = config_.bias_modules;
+    if (!format) return json;
+    if (config_.own) json["method"] = format->peft_type();
+    if (!config_.target_pattern.empty()) {
+      json["target_modules"] = config_.target_pattern;
+    } else if (!config_.target_names.empty()) {
+      json["target_modules"] = config_.target_names;
     }
-    for (const auto& [pattern, value] : first.alpha_pattern()) {
-      readable = readable && reads_alike_in_python(pattern);
-      alphas.emplace(pattern, exported_alpha(first, value));
-    }
-    put_patterns(ranks, alphas);
-    const auto path_of = [](const Entry& entry) { return path(entry); };
-    const auto exact = [](const Entry& entry) { return "^" + escape_regex(path(entry)); };
-    if (!readable || !patterns_hold()) spell_patterns(path_of);
-    if (!patterns_hold()) spell_patterns(exact);
-    for (const auto& entry : loras_) {
-      if (lora(entry).options.dropout() != first.dropout()) {
-        notes_.push_back("the layers have several rates of dropout; the first layer's, " +
-                         nlohmann::json(first.dropout()).dump() + ", is written");
-        break;
-      }
-    }
-    if (std::any_of(loras_.begin(), loras_.end(), [](const Entry& e) { return lora(e).scale() != 1.0; })) {
-      notes_.push_back("the adapter's scale is not written: loaded, it is 1 again");
-    }
-    if (std::any_of(loras_.begin(), loras_.end(),
-                    [](const Entry& e) { return blocks(lora(e).options) > 1; })) {
-      notes_.push_back(
-          "LoRA on blocks of rows (enable) is written as one of a higher rank with a block-diagonal B");
-    }
+    if (!config_.exclude_names.empty()) json["exclude_modules"] = config_.exclude_names;
+    if (!config_.layers.empty()) json["layers_to_transform"] = config_.layers;
+    if (!config_.layers_pattern.empty()) json["layers_pattern"] = config_.layers_pattern;
+    if (config_.bias == BiasMode::all) json["bias"] = "all";
+    if (config_.bias == BiasMode::targets) json["bias"] = format->bias_of_targets();
+    Problems problems;
+    format->write(methods_, json, notes_, problems);
+    raise(problems);
+    return json;
   }
 
-  void put_patterns(const std::map<std::string, int64_t>& ranks,
-                    const std::map<std::string, double>& alphas) {
-    config_.lora.rank_pattern({ranks.begin(), ranks.end()}).alpha_pattern({alphas.begin(), alphas.end()});
-  }
-  template <class Name>
-  void spell_patterns(const Name& name) {
-    std::map<std::string, int64_t> ranks;
-    std::map<std::string, double> alphas;
-    for (const auto& entry : loras_) {
-      if (rank(entry) != config_.lora.rank()) ranks.emplace(name(entry), rank(entry));
-      if (alpha(entry) != config_.lora.alpha()) alphas.emplace(name(entry), alpha(entry));
-    }
-    put_patterns(ranks, alphas);
-  }
-  /// True if the config gives every layer the rank and alpha it has.
-  bool patterns_hold() const {
-    const auto& options = config_.lora;
-    return std::all_of(loras_.begin(), loras_.end(), [&](const Entry& entry) {
-      return first_match(options.rank_pattern(), path(entry), options.rank()) == rank(entry) &&
-             first_match(options.alpha_pattern(), path(entry), options.alpha()) == alpha(entry);
-    });
-  }
+  /// True if the method's config has this key.
+  bool knows(const char* key) const { return config_.format->defaults().contains(key); }
 
   void set_targets() {
-    if (names_say_it() || pattern_says_it()) return;
-    config_.target_names = paths(loras_);
+    if (targeted_.empty() || names_say_it() || pattern_says_it()) return;
+    config_.target_names = targets();
     const bool short_path =
         std::any_of(config_.target_names.begin(), config_.target_names.end(),
                     [](const std::string& p) { return p.find('.') == std::string::npos; });
@@ -191,7 +165,7 @@ class PeftExporter {
   /// Paths of the modules above the adapted layers.
   std::set<std::string> containers() const {
     std::set<std::string> above;
-    for (const auto& target : paths(loras_)) {
+    for (const auto& target : targets()) {
       for (auto dot = target.find('.'); dot != std::string::npos; dot = target.find('.', dot + 1)) {
         above.insert(target.substr(0, dot));
       }
@@ -199,10 +173,20 @@ class PeftExporter {
     return above;
   }
 
+  /// True if a short form of the targets also means a layer of the method's that they do not place.
+  template <class Means>
+  bool means_too_much(const Means& means) const {
+    const auto placed = targets();
+    return std::any_of(methods_.begin(), methods_.end(), [&](const Entry& entry) {
+      const auto target = target_of(entry);
+      return means(target) && std::find(placed.begin(), placed.end(), target) == placed.end();
+    });
+  }
+
   bool names_say_it() {
-    const auto& first = *loras_.front().origin;
+    const auto& first = *targeted_.front().origin;
     std::set<std::string> names;
-    for (const auto& entry : loras_) {
+    for (const auto& entry : targeted_) {
       const auto& origin = *entry.origin;
       if (origin.names.empty() || !origin.pattern.empty() || origin.layers != first.layers ||
           origin.layers_pattern != first.layers_pattern || origin.exclude != first.exclude) {
@@ -210,12 +194,14 @@ class PeftExporter {
       }
       bool direct = false;
       for (const auto& name : origin.names) {
-        if (!ends_in_name(path(entry), name)) continue;
+        if (!ends_in_name(target_of(entry), name)) continue;
         direct = true;
         names.insert(name);
       }
       if (!direct) return false;  // a container was named
     }
+    if (!first.exclude.empty() && !knows("exclude_modules")) return false;
+    if (!first.layers.empty() && !knows("layers_to_transform")) return false;
     // Python excludes a module itself, not what lies below it: only the name of a target can be excluded
     // alike.
     for (const auto& excluded : first.exclude) {
@@ -230,6 +216,11 @@ class PeftExporter {
         if (ends_in_name(container, name)) return false;  // which Python would try to adapt
       }
     }
+    const auto named = [&](const std::string& target) {
+      return std::any_of(names.begin(), names.end(),
+                         [&](const std::string& name) { return ends_in_name(target, name); });
+    };
+    if (means_too_much(named)) return false;
     config_.target_names.assign(names.begin(), names.end());
     config_.exclude_names = first.exclude;
     config_.layers = first.layers;
@@ -238,18 +229,21 @@ class PeftExporter {
   }
 
   bool pattern_says_it() {
-    const auto& first = *loras_.front().origin;
-    // Everything, as `all()` means it, is everything that takes a LoRA: Python's would be all modules.
+    const auto& first = *targeted_.front().origin;
+    // Everything, as `all()` means it, is everything that takes the method: Python's would be all modules.
     if (first.pattern == every_path) return false;
     if (first.pattern.empty() || !first.exclude.empty() || !reads_alike_in_python(first.pattern))
       return false;
     const std::regex expression(first.pattern);
-    for (const auto& entry : loras_) {
+    for (const auto& entry : targeted_) {
       if (entry.origin->pattern != first.pattern || !entry.origin->exclude.empty()) return false;
-      if (!std::regex_match(path(entry), expression)) return false;
+      if (!std::regex_match(target_of(entry), expression)) return false;
     }
     for (const auto& container : containers()) {
       if (std::regex_match(container, expression)) return false;
+    }
+    if (means_too_much([&](const std::string& target) { return std::regex_match(target, expression); })) {
+      return false;
     }
     config_.target_pattern = first.pattern;
     return true;
@@ -260,6 +254,11 @@ class PeftExporter {
     for (const auto& entry : saved_) {
       const auto& origin = *entry.origin;
       const bool plain = origin.pattern.empty() && origin.exclude.empty() && origin.layers.empty();
+      const auto info = entry.site->info();
+      const bool in_module = info.files.kind != FileNames::Kind::layer;
+      if (in_module && !(plain && lies_under(path(entry).substr(0, path(entry).rfind('.')), origin.names))) {
+        own("'" + path(entry) + "' is a part of a module, which Python saves whole");
+      }
       if (plain && lies_under(path(entry), origin.names)) {
         names.insert(origin.names.begin(), origin.names.end());
       } else {
@@ -271,7 +270,7 @@ class PeftExporter {
       return std::any_of(names.begin(), names.end(),
                          [&](const std::string& name) { return p.ends_with(name); });
     };
-    const auto adapted = paths(loras_);
+    const auto adapted = targets();
     if (std::any_of(adapted.begin(), adapted.end(), ends_so)) {
       const auto whole = paths(saved_);
       names = {whole.begin(), whole.end()};
@@ -283,38 +282,43 @@ class PeftExporter {
     if (biases_.empty()) return;
     std::set<std::string> biased, adapted;
     for (const auto& entry : biases_) biased.insert(path(entry));
-    for (const auto& entry : loras_) {
-      if (entry.site->info().has_bias()) adapted.insert(path(entry));
+    for (const auto& entry : targeted_) {
+      if (has_own_bias(entry.site->info())) adapted.insert(path(entry));
     }
     const bool everywhere = std::all_of(biases_.begin(), biases_.end(), [&](const Entry& entry) {
       const auto& origin = *entry.origin;
-      return origin.pattern == every_path && origin.names.empty() &&
+      return has_own_bias(entry.site->info()) && origin.pattern == every_path && origin.names.empty() &&
              std::all_of(origin.exclude.begin(), origin.exclude.end(), [&](const std::string& name) {
                return std::find(config_.modules_to_save.begin(), config_.modules_to_save.end(), name) !=
                       config_.modules_to_save.end();
              });
     });
-    if (everywhere && std::includes(biased.begin(), biased.end(), adapted.begin(), adapted.end())) {
+    const bool has_modes = config_.format && knows("bias");
+    if (has_modes && everywhere &&
+        std::includes(biased.begin(), biased.end(), adapted.begin(), adapted.end())) {
       config_.bias = BiasMode::all;
-    } else if (biased == adapted) {
-      config_.bias = BiasMode::lora_only;
-    } else if (!loras_.empty()) {
-      own("the biases it trains are neither those of all layers nor those of the LoRA's");
+    } else if (has_modes && biased == adapted) {
+      config_.bias = BiasMode::targets;
+    } else if (has_modes) {
+      own("the biases it trains are neither those of all layers nor those of the " + config_.format->title() +
+          "'s");
+    } else if (config_.format) {
+      own("Python trains no biases beside " + config_.format->title());
     }
   }
 
   void own(const std::string& why) {
-    if (config_.is_own()) return;
-    config_.peft_type = biases_.empty() ? "REPLACE" : "BIAS";
-    notes_.push_back("Python PEFT cannot read this adapter: " + why + " (peft_type " + config_.peft_type +
-                     " is this library's own)");
+    if (config_.own) return;
+    config_.own = true;
+    notes_.push_back("Python PEFT cannot read this adapter: " + why + " (peft_type " +
+                     (biases_.empty() ? "REPLACE" : "BIAS") + " is this library's own)");
   }
   void set_own() {
     config_.bias = BiasMode::none;
     config_.bias_modules = paths(biases_);
     config_.modules_to_save = paths(saved_);
-    if (loras_.empty()) return;
-    config_.target_names = paths(loras_);
+    const bool whole = config_.format && config_.format->adapts_whole_modules();
+    config_.target_names = whole ? targets() : paths(targeted_);
     config_.target_pattern.clear();
     config_.exclude_names.clear();
     config_.layers.clear();
@@ -327,7 +331,7 @@ class PeftExporter {
                                                                 {"TOKEN_CLS", {"classifier", "score"}},
                                                                 {"QUESTION_ANS", {"qa_outputs"}}};
     const auto found = heads.find(config_.task_type);
-    if (found == heads.end() || config_.is_own()) return;
+    if (found == heads.end() || config_.own) return;
     const auto is_head = [&](const Entry& entry) { return lies_under(path(entry), found->second); };
     if (std::any_of(saved_.begin(), saved_.end(), is_head)) return;
     notes_.push_back(
@@ -339,11 +343,7 @@ class PeftExporter {
   const Adapter& adapter_;
   std::vector<std::string>& notes_;
   PeftConfig config_;
-  std::vector<Entry> loras_, biases_, saved_;
+  Entries methods_, targeted_, biases_, saved_;
 };
-
-inline PeftConfig exported_config(const Adapter& adapter, std::vector<std::string>& notes) {
-  return PeftExporter(adapter, notes).config();
-}
 
 }  // namespace peft::internal

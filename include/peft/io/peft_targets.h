@@ -4,7 +4,6 @@
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <regex>
 #include <set>
@@ -21,38 +20,6 @@
 
 namespace peft::internal {
 
-/// The targets of a LoRA whose config names none, by the base's `model_type`; empty where the reference has
-/// none.
-inline std::vector<std::string> default_lora_targets(const std::string& model_type) {
-  struct Row {
-    std::vector<const char*> types;
-    std::vector<std::string> targets;
-  };
-  static const std::vector<Row> table{
-      {{"t5", "mt5"}, {"q", "v"}},
-      {{"bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma",
-        "gemma2", "gemma3_text", "qwen2", "qwen3"},
-       {"q_proj", "v_proj"}},
-      {{"gpt2", "gpt_bigcode"}, {"c_attn"}},
-      {{"bloom", "gpt_neox", "falcon", "chatglm"}, {"query_key_value"}},
-      {{"bert", "roberta", "xlm-roberta", "electra", "layoutlm"}, {"query", "value"}},
-      {{"deberta-v2"}, {"query_proj", "value_proj"}},
-      {{"deberta"}, {"in_proj"}},
-      {{"mpt"}, {"Wqkv"}},
-      {{"codegen"}, {"qkv_proj"}},
-      {{"phi"}, {"q_proj", "v_proj", "fc1", "fc2"}},
-      {{"btlm"}, {"c_proj", "c_attn"}},
-      {{"nemotron_h"}, {"q_proj", "k_proj", "v_proj", "o_proj"}},
-      {{"blip-2"}, {"q", "v", "q_proj", "v_proj"}},
-      {{"rwkv"}, {"key", "value", "receptance", "output"}},
-      {{"rwkv7"}, {"r_proj", "k_proj", "v_proj", "o_proj", "key", "value"}},
-  };
-  for (const auto& row : table) {
-    if (std::find(row.types.begin(), row.types.end(), model_type) != row.types.end()) return row.targets;
-  }
-  return {};
-}
-
 /// The modules of a model, with the sites that plain layers of a Sequential would become.
 class ModuleFinder {
  public:
@@ -68,24 +35,34 @@ class ModuleFinder {
 
   const std::vector<Node>& nodes() const { return nodes_; }
 
-  /// Where the config puts a LoRA. What does not fit is added to `problems`.
-  std::vector<std::string> lora_sites(const PeftConfig& config, Problems& problems,
-                                      const PeftConfigReader::Note& note) const {
-    const auto part = on(config.lora, all());
+  /// Where the config puts its method. What does not fit is added to `problems`.
+  std::vector<std::string> method_sites(const PeftConfig& config, Problems& problems,
+                                        const Note& note) const {
+    const auto part = config.part(all());
+    const auto title = config.format->title();
     std::vector<std::string> sites;
     std::set<std::string> unmatched(config.target_names.begin(), config.target_names.end());
     bool any = false;
     for (const auto& node : nodes_) {
+      if (!config.own && node.site && node.site->info().files.kind != FileNames::Kind::layer) continue;
       const bool matched = selects(config, node, unmatched);
       any = any || matched;
       if (!matched || is_left_out(config, node.path)) continue;
+      if (const auto parts = parts_of(node.path); !parts.empty()) {
+        for (const auto& inner : parts) {
+          const auto why = part.refusal(inner);
+          if (why.empty()) sites.push_back(inner.path);
+          if (!why.empty()) problems.add("'" + inner.path + "' cannot take the " + title + ": " + why);
+        }
+        continue;
+      }
       const auto info = node.site ? node.site->info() : SiteInfo();
-      if (!node.site || !info.offers_to(Needs::weights)) {
+      if (!node.site || !info.offers_to(part.needs)) {
         problems.add(std::string(config_file_name) + ": 'target_modules' means '" + node.path +
-                     "', which is a " + (node.site ? info.layer : plain_name(node)) + " and takes no LoRA" +
-                     hint(node));
+                     "', which is a " + (node.site ? info.layer : plain_name(node)) + " and takes no " +
+                     title + hint(node));
       } else if (const auto why = part.refusal(info); !why.empty()) {
-        problems.add("'" + node.path + "' cannot take the LoRA: " + why);
+        problems.add("'" + node.path + "' cannot take the " + title + ": " + why);
       } else {
         sites.push_back(node.path);
       }
@@ -107,7 +84,7 @@ class ModuleFinder {
     std::vector<std::string> sites;
     for (const auto& node : nodes_) {
       const auto bears = [&](const std::string& name) {
-        return config.is_own() ? node.path == name : node.path.ends_with(name);
+        return config.own ? node.path == name : node.path.ends_with(name);
       };
       if (!std::any_of(config.modules_to_save.begin(), config.modules_to_save.end(), bears)) continue;
       for (const auto& inner : nodes_) {
@@ -115,14 +92,14 @@ class ModuleFinder {
         const bool weighs = inner.site && inner.site->info().offers_to(Needs::weights);
         if (weighs && std::find(sites.begin(), sites.end(), inner.path) == sites.end())
           sites.push_back(inner.path);
-        if (!inner.site && !inner.module->parameters(/*recurse=*/false).empty()) {
+        if (!inner.site && !covered(inner)) {
           problems.add(std::string(config_file_name) + ": 'modules_to_save' means '" + inner.path +
                        "', which is a " + plain_name(inner) + hint(inner));
         }
       }
     }
     for (const auto& name : config.modules_to_save) {
-      if (config.is_own() && std::find(sites.begin(), sites.end(), name) == sites.end()) {
+      if (config.own && std::find(sites.begin(), sites.end(), name) == sites.end()) {
         problems.add(std::string(config_file_name) + ": 'modules_to_save' names '" + name +
                      "', which this model does not have; closest: " + closest(name, paths_));
       }
@@ -131,7 +108,7 @@ class ModuleFinder {
   }
 
   /// Where the adapter has biases of its own.
-  std::vector<std::string> bias_sites(const PeftConfig& config, const std::vector<std::string>& lora,
+  std::vector<std::string> bias_sites(const PeftConfig& config, const std::vector<std::string>& adapted,
                                       const std::vector<std::string>& saved, Problems& problems) const {
     const auto has = [](const std::vector<std::string>& list, const std::string& path) {
       return std::find(list.begin(), list.end(), path) != list.end();
@@ -140,9 +117,10 @@ class ModuleFinder {
     const bool everywhere = config.bias == BiasMode::all;
     std::vector<std::string> sites;
     for (const auto& node : nodes_) {
-      if (config.is_own() ? !has(named, node.path) : !everywhere && !has(lora, node.path)) continue;
-      if (!config.is_own() && config.bias == BiasMode::none) continue;
+      if (config.own ? !has(named, node.path) : !everywhere && !has(adapted, node.path)) continue;
+      if (!config.own && config.bias == BiasMode::none) continue;
       if (has(saved, node.path)) continue;
+      if (!config.own && !is_named_bias(node)) continue;
       if (node.site && node.site->info().has_bias()) {
         sites.push_back(node.path);
       } else if (everywhere && !node.site &&
@@ -175,6 +153,33 @@ class ModuleFinder {
   }
 
  private:
+  /// True unless Python knows the site's bias by another name than "bias", which its modes pass by.
+  static bool is_named_bias(const Node& node) { return !node.site || has_own_bias(node.site->info()); }
+
+  /// The sites that are parts of one module.
+  std::vector<SiteInfo> parts_of(const std::string& path) const {
+    std::vector<SiteInfo> parts;
+    for (const auto& node : nodes_) {
+      if (!node.site || node.site->info().files.kind != FileNames::Kind::part) continue;
+      if (const auto info = node.site->info(); info.target() == path) parts.push_back(info);
+    }
+    return parts;
+  }
+
+  /// True if every tensor that a module registers itself is a site's weight or bias.
+  bool covered(const Node& node) const {
+    std::set<const void*> held;
+    for (const auto& inner : nodes_) {
+      if (!inner.site || inner.parent != node.module) continue;
+      if (inner.site->info().files.kind == FileNames::Kind::layer) continue;
+      const auto weights = inner.site->base_weights();
+      for (const auto& tensor : {weights.weight, weights.bias}) held.insert(tensor.unsafeGetTensorImpl());
+    }
+    const auto own = node.module->parameters(/*recurse=*/false);
+    return std::all_of(own.begin(), own.end(),
+                       [&](const Tensor& tensor) { return held.count(tensor.unsafeGetTensorImpl()) > 0; });
+  }
+
   /// Hugging Face's `check_target_module_exists`, without what it leaves out.
   bool selects(const PeftConfig& config, const Node& node, std::set<std::string>& unmatched) const {
     const auto& path = node.path;
@@ -189,7 +194,7 @@ class ModuleFinder {
     if (!config.target_pattern.empty()) return std::regex_match(path, std::regex(config.target_pattern));
     bool found = false;
     for (const auto& name : config.target_names) {
-      if (config.is_own() ? path != name : !ends_in_name(path, name)) continue;
+      if (config.own ? path != name : !ends_in_name(path, name)) continue;
       unmatched.erase(name);
       if (path != name && !config.layers.empty()) {
         const auto layer = layer_index(path, config.layers_pattern);
@@ -205,7 +210,7 @@ class ModuleFinder {
     if (std::any_of(config.exclude_names.begin(), config.exclude_names.end(), bears)) return true;
     if (!config.exclude_pattern.empty() && std::regex_match(path, std::regex(config.exclude_pattern)))
       return true;
-    return !config.is_own() && lies_under(path, config.modules_to_save);
+    return !config.own && lies_under(path, config.modules_to_save);
   }
 
   static std::string plain_name(const Node& node) {

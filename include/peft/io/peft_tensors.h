@@ -2,91 +2,56 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <filesystem>
+#include <iterator>
 #include <map>
-#include <memory>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "peft/core/adapter.h"
 #include "peft/core/problems.h"
+#include "peft/io/peft_format.h"
+#include "peft/io/peft_places.h"
 #include "peft/io/pickle.h"
 #include "peft/io/safetensors.h"
 #include "peft/methods/bias.h"
-#include "peft/methods/lora.h"
 #include "peft/methods/replace.h"
 
 namespace peft::internal {
 
-/// A tensor as it is on disk: its name after the layer's path, and its values.
-struct DiskTensor {
-  std::string suffix;
-  Tensor tensor;
-};
-
-// One function a piece type: tensor → suffix on disk. `wrapped`: a LoRA of the same adapter sits on the
-// layer, so that what belongs to the layer itself is one level down in Python.
-
-inline std::vector<DiskTensor> disk_form(const LoraImpl& piece, bool) {
-  // Several blocks of rows, each with factors of its own, are in Python one LoRA with a block-diagonal B.
-  const auto B = piece.full_B();
-  if (piece.site().lookup) return {{"lora_embedding_A", piece.lora_A}, {"lora_embedding_B", B}};
-  std::vector<DiskTensor> tensors{{"lora_A.weight", piece.lora_A}, {"lora_B.weight", B}};
-  if (piece.lora_B_bias.defined()) tensors.push_back({"lora_B.bias", piece.lora_B_bias});
-  return tensors;
-}
-
-inline std::vector<DiskTensor> disk_form(const BiasImpl& piece, bool wrapped) {
-  return {{wrapped ? "base_layer.bias" : "bias", piece.bias}};
-}
-
-inline std::vector<DiskTensor> disk_form(const ReplaceImpl& piece, bool wrapped) {
-  const std::string level = wrapped ? "base_layer." : "";
-  std::vector<DiskTensor> tensors{{level + "weight", piece.weight}};
-  if (piece.bias.defined()) tensors.push_back({level + "bias", piece.bias});
-  return tensors;
-}
-
-/// The table's rows in turn, until one is the piece's type.
-template <class... Types>
-std::vector<DiskTensor> disk_form_among(const PieceImpl& piece, bool wrapped) {
-  std::vector<DiskTensor> tensors;
-  const auto attempt = [&]<class Type>(const Type*) {
-    if (const auto* typed = dynamic_cast<const Type*>(&piece)) tensors = disk_form(*typed, wrapped);
-  };
-  (attempt(static_cast<const Types*>(nullptr)), ...);
-  return tensors;
-}
-
-inline std::vector<DiskTensor> disk_tensors(const PieceImpl& piece, bool wrapped) {
-  return disk_form_among<LoraImpl, BiasImpl, ReplaceImpl>(piece, wrapped);
-}
-
-/// Every tensor of some pieces under its key: the path, a dot, the suffix. Pieces without a form on disk have
-/// none.
-inline std::vector<std::pair<std::string, Tensor>> keyed_tensors(const std::vector<Adapter::Entry>& entries) {
-  std::set<const SiteImpl*> wrapped;
-  for (const auto& entry : entries) {
-    if (std::dynamic_pointer_cast<LoraImpl>(entry.piece)) wrapped.insert(entry.site.get());
-  }
-  std::vector<std::pair<std::string, Tensor>> keyed;
-  for (const auto& entry : entries) {
-    const auto prefix = entry.site->path().empty() ? "" : entry.site->path() + ".";
-    for (auto& [suffix, tensor] : disk_tensors(*entry.piece, wrapped.count(entry.site.get()) > 0)) {
-      keyed.emplace_back(prefix + suffix, tensor);
-    }
-  }
-  return keyed;
-}
-
 inline constexpr const char* tensor_file_name = "adapter_model.safetensors";
 inline constexpr const char* pickle_file_name = "adapter_model.bin";
-/// What Python's wrapper puts before every path of the model.
-inline constexpr std::string_view model_prefix = "base_model.model.";
+
+/// Every tensor of some pieces under its key in the file: those of layers, then those no layer owns. Pieces
+/// without a form on disk have none. `loading`: values will be copied into them.
+inline std::vector<DiskTensor> keyed_tensors(const Entries& entries, const PeftFormat* format,
+                                             bool loading = false) {
+  Entries owned;
+  if (format) {
+    std::copy_if(entries.begin(), entries.end(), std::back_inserter(owned),
+                 [&](const Adapter::Entry& entry) { return format->owns(*entry.piece); });
+  }
+  const PeftPlaces places(owned);
+  std::vector<DiskTensor> keyed;
+  for (const auto& entry : entries) {
+    const auto info = entry.site->info();
+    if (format && format->owns(*entry.piece)) {
+      const auto prefix = places.method_prefix(info);
+      for (auto& [name, tensor] :
+           loading ? format->loaded_tensors(*entry.piece) : format->written_tensors(entry, owned))
+        keyed.push_back({prefix + name, tensor});
+    } else if (const auto* bias = dynamic_cast<const BiasImpl*>(entry.piece.get())) {
+      keyed.push_back({places.own_key(info, /*bias=*/true), bias->bias});
+    } else if (const auto* replace = dynamic_cast<const ReplaceImpl*>(entry.piece.get())) {
+      keyed.push_back({places.own_key(info, /*bias=*/false), replace->weight});
+      if (replace->bias.defined()) keyed.push_back({places.own_key(info, /*bias=*/true), replace->bias});
+    }
+  }
+  if (owned.empty()) return keyed;
+  for (auto& tensor : format->shared_tensors(owned)) keyed.push_back(std::move(tensor));
+  return keyed;
+}
 
 /// The tensors of an adapter's directory.
 class AdapterTensors {
@@ -120,11 +85,12 @@ class AdapterTensors {
 
   /// Checks that the file holds the `expected` tensors and no others. `repeated`: tensors of the base that it
   /// may hold too, with the base's values. Everything that is wrong is added to the problems.
-  void check(const std::vector<std::pair<std::string, Tensor>>& expected,
-             const std::map<std::string, Tensor>& repeated) {
+  /// `format`: the method's, which may know older names.
+  void check(const std::vector<DiskTensor>& expected, const std::map<std::string, Tensor>& repeated,
+             const PeftFormat* format) {
     std::set<std::string> keys;
     for (const auto& [key, tensor] : expected) keys.insert(key);
-    settle_names(keys);
+    settle_names(keys, format);
     for (const auto& [key, tensor] : expected) {
       const auto found = tensors_.find(key);
       if (found == tensors_.end()) {
@@ -138,9 +104,7 @@ class AdapterTensors {
       if (keys.count(key) || is_read_past(key)) continue;
       const auto base = repeated.find(key);
       if (base == repeated.end()) {
-        complain(key,
-                 "expected no such tensor, but got " + shape_text(item.tensor.sizes()) +
-                     (key.ends_with("lora_magnitude_vector") ? " (hint: DoRA is not supported yet)" : ""));
+        complain(key, "expected no such tensor, but got " + shape_text(item.tensor.sizes()));
       } else if (base->second.sizes() != item.tensor.sizes() ||
                  !base->second.equal(item.tensor.to(base->second.options()))) {
         complain(key,
@@ -150,7 +114,7 @@ class AdapterTensors {
   }
 
   /// Copies the values, rounded or widened to the adapter's types. After `check`.
-  void copy_into(const std::vector<std::pair<std::string, Tensor>>& tensors) const {
+  void copy_into(const std::vector<DiskTensor>& tensors) const {
     torch::NoGradGuard no_grad;
     for (const auto& [key, tensor] : tensors) Tensor(tensor).copy_(tensors_.at(key).tensor);
   }
@@ -184,23 +148,29 @@ class AdapterTensors {
     if (!floating.count(dtype)) {
       problems_.add(file_ + ": '" + key + "' expected F32, F16, BF16 or F64 values, but got " + dtype);
     }
-    const auto inner = key.starts_with(model_prefix) ? key.substr(model_prefix.size()) : key;
-    if (!tensors_.emplace(inner, Item{key, tensor}).second) {
-      problems_.add(file_ + ": '" + inner + "' is there twice, with and without '" +
+    const auto whole = key.starts_with("base_model.") ? key : std::string(model_prefix) + key;
+    if (!tensors_.emplace(whole, Item{key, tensor}).second) {
+      problems_.add(file_ + ": '" + inner(whole) + "' is there twice, with and without '" +
                     std::string(model_prefix) + "'");
     }
   }
 
+  static std::string inner(const std::string& key) {
+    return key.starts_with(model_prefix) ? key.substr(model_prefix.size()) : key;
+  }
+
   /// `q.lora_A.default.weight` is `q.lora_A.weight` of the adapter "default".
-  void settle_names(const std::set<std::string>& expected) {
+  void settle_names(const std::set<std::string>& expected, const PeftFormat* format) {
     std::map<std::string, Item> settled;
     for (auto& [key, item] : tensors_) {
       auto plain = key;
+      const auto attempt = [&](const std::string& other) {
+        const auto current = format ? format->current_key(other) : other;
+        if (expected.count(current) && !tensors_.count(current)) plain = current;
+      };
       if (!expected.count(key)) {
-        for (const auto& name : names_) {
-          const auto shorter = without_name(key, name);
-          if (expected.count(shorter) && !tensors_.count(shorter)) plain = shorter;
-        }
+        attempt(key);
+        for (const auto& name : names_) attempt(without_name(key, name));
       }
       settled.emplace(plain, item);
     }
@@ -222,16 +192,14 @@ class AdapterTensors {
   /// `encoder…`.
   std::string shifted_hint(const std::string& key) const {
     for (const auto& [other, item] : tensors_) {
-      if (!other.ends_with("." + key) && !key.ends_with("." + other)) continue;
+      if (!other.ends_with("." + inner(key)) && !key.ends_with("." + inner(other))) continue;
       return " (hint: the file has '" + item.key + "', as for a model with another prefix)";
     }
     return {};
   }
   void complain(const std::string& key, const std::string& text) {
     const auto found = tensors_.find(key);
-    problems_.add(file_ + ": '" +
-                  (found == tensors_.end() ? std::string(model_prefix) + key : found->second.key) + "' " +
-                  text);
+    problems_.add(file_ + ": '" + (found == tensors_.end() ? key : found->second.key) + "' " + text);
   }
 
   std::vector<std::string> names_;

@@ -1,7 +1,6 @@
 // LoRA: adds a trained low-rank product to a frozen weight.
 #pragma once
 
-#include <torch/arg.h>
 #include <torch/nn/init.h>
 
 #include <algorithm>
@@ -12,79 +11,39 @@
 #include <utility>
 #include <vector>
 
-#include "peft/core/pattern.h"
 #include "peft/core/piece.h"
+#include "peft/methods/lora_options.h"
 
 namespace peft {
 
-/// How A and B start. The names are Hugging Face's `init_lora_weights`.
-enum class LoraInit {
-  kaiming,   ///< `true`: A ~ U(±1/√fan_in), B = 0. Microsoft's and Hugging Face's code; the paper says
-             ///< Gaussian
-  gaussian,  ///< "gaussian": A ~ N(0, 1/r) (standard deviation 1/r), B = 0
-  random,    ///< `false`: A and B both as a default layer's weights; changes the output at once
-};
-
-/// Settings of `Lora`. Defaults are Hugging Face's.
-struct LoraOptions {
-  static constexpr Needs needs = Needs::weights;
-  static constexpr const char* method = "lora";
-
-  explicit LoraOptions(int64_t rank = 8) : rank_(rank) {}
-
-  /// Rank r of the update, at least 1.
-  TORCH_ARG(int64_t, rank);
-  /// α; the product is scaled by α / r.
-  TORCH_ARG(double, alpha) = 8.0;
-  /// Rate of dropout on the adapter's input, in [0, 1). Not applied on embeddings, as in the reference.
-  TORCH_ARG(double, dropout) = 0.0;
-  /// Scale by α / √r instead (arXiv 2312.03732).
-  TORCH_ARG(bool, rslora) = false;
-  /// A bias on B, inside the scaled term, zero at the start. Needs a bias in the base to be merged.
-  TORCH_ARG(bool, lora_bias) = false;
-  TORCH_ARG(LoraInit, init) = LoraInit::kaiming;
-  /// Other ranks for some layers: the first regular expression that matches the path, or what follows a dot
-  /// in it.
-  TORCH_ARG(std::vector<Pattern<int64_t>>, rank_pattern) = {};
-  /// Other α for some layers, likewise.
-  TORCH_ARG(std::vector<Pattern<double>>, alpha_pattern) = {};
-  /// For a linear layer that stacks several projections (q, k, v): which of its equal blocks of rows to
-  /// adapt, each with its own rank-r factors. Empty: the layer is one. As loralib's
-  /// `MergedLinear(enable_lora)`.
-  TORCH_ARG(std::vector<bool>, enable) = {};
-};
-
 /// LoRA: y = F(x) + s · B A dropout(x), s = α / r, for every layer kind with a low-rank form.
-/// Formula: W′ = W + s · fold(B A).
-/// Shapes: lora_A: (rank, *fan_in); lora_B: (fan_out, rank / groups, *ones); lora_B_bias: (fan_out).
+/// Formula: W′ = W + s · fold(B A); with a start taken out of the base (see `LoraInit`) W + s · (B A − B₀
+/// A₀). Shapes: lora_A, lora_A_0: (rank, *fan_in); lora_B, lora_B_0: (fan_out, rank / groups, *ones);
+/// lora_B_bias: (fan_out); loftq_weight: as the layer's weight.
 /// With `enable` of n blocks, k of them on: lora_A: (k · rank, in); lora_B: (k · out / n, rank).
-/// Trains: lora_A, lora_B, lora_B_bias. Count for a linear layer: r (in + out) [+ out].
-/// Throws: c10::ValueError for options out of range; c10::Error on merging a grouped convolution.
+/// On a stack of e matrices, each with its own: lora_A: (e · rank, in), the expert the slowest axis; lora_B:
+/// (out, rank · e), the expert the fastest.
+/// Trains: lora_A, lora_B (not with `LoraInit::mica`), lora_B_bias. Count for a linear layer: r (in + out) [+
+/// out]. Throws: c10::ValueError for options out of range; c10::Error on merging a grouped convolution.
 /// Paper: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, equation 3.
 class LoraImpl : public Piece<LoraImpl, LoraOptions> {
  public:
   LoraImpl(LoraOptions settings, const SiteInfo& site);
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
-    const auto y = layer.forward(x);
-    auto input = x;
-    if (!site().lookup) {
-      if (input.scalar_type() != lora_A.scalar_type()) input = input.to(lora_A.scalar_type());
-      if (is_training() && options.dropout() > 0) input = torch::dropout(input, options.dropout(), true);
-    }
-    auto update = layer.low_rank(input, lora_A, full_B());
-    if (lora_B_bias.defined()) update = update + per_channel(lora_B_bias);
-    return y + update * scaling();
+    const auto y = start_forward(x, layer);
+    const auto input = cast(x);
+    if (!drops()) return y + update(input, layer);
+    const auto dropped = torch::dropout(input, options.dropout(), true);
+    return y + (lora_A_0.defined() ? update(dropped, layer) + undropped(input, dropped, layer)
+                                   : update(dropped, layer));
   }
 
   Weights effective(const Weights& weights, const LayerView& layer) const override {
     const auto why = not_mergeable();
     TORCH_CHECK(why.empty(), "'", site().path, "': ", why);
-    // Half types on the CPU are multiplied in float32 and rounded once, as the reference does.
-    const bool widen = lora_A.is_cpu() && lora_A.element_size() < 4;
-    const auto type = widen ? torch::kFloat32 : lora_A.scalar_type();
-    const auto BA = at::mm(full_B().flatten(1).to(type), lora_A.flatten(1).to(type)) * scaling();
-    auto weight = weights.weight + layer.fold(BA).to(weights.weight.scalar_type());
+    const auto start = start_weights(weights, layer);
+    auto weight = start.weight + delta(layer).to(start.weight.scalar_type());
     if (!lora_B_bias.defined()) return {weight, weights.bias};
     return {weight, weights.bias + (lora_B_bias * scaling()).to(weights.bias.scalar_type())};
   }
@@ -99,7 +58,16 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
 
   /// Draws as the reference does, the discarded draws of its default-constructed layers included, so that one
   /// seed gives one start in both languages.
-  void initialize(const LayerView&) override;
+  void initialize(const LayerView& base) override;
+  /// Starts from these factors, rounded to the base's type; of some starts also A₀ and B₀.
+  void start_from(const internal::StartFactors& factors);
+  /// Takes another rank and α; A and B begin anew.
+  void resize(int64_t new_rank, double new_alpha, const LayerView& base);
+  /// LoftQ's weight stays in the base's type.
+  void place() override {
+    Piece::place();
+    if (loftq_weight.defined()) loftq_weight.set_data(loftq_weight.to(site().dtype));
+  }
 
   Changed changed() const override {
     auto result = Piece::changed();
@@ -125,65 +93,66 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     factor_ = other.factor_;
   }
 
-  /// B with a row for every output: with `enable`, block-diagonal in the enabled blocks, zero rows elsewhere.
+  /// All of the low-rank form: ΔW = s · full_B full_A. A₀ and −B₀ come last where there are any; with
+  /// `enable`, B is block-diagonal in the enabled blocks, with zero rows elsewhere.
+  Tensor full_A() const { return lora_A_0.defined() ? torch::cat({lora_A, lora_A_0}) : lora_A; }
   Tensor full_B() const;
+
+  // What DoRA is made of, which scales the layer's output and the update together.
+
+  /// The layer with the weight the adapter runs on: LoftQ's, or the layer's own.
+  Tensor start_forward(const Tensor& x, const LayerView& layer) const {
+    return loftq_weight.defined() ? layer.apply(x, start_weights(layer.weights(), layer)) : layer.forward(x);
+  }
+  Weights start_weights(const Weights& weights, const LayerView& layer) const {
+    if (!loftq_weight.defined()) return weights;
+    const auto base = layer.base().weights().weight;
+    if (weights.weight.is_same(base)) return {loftq_weight, weights.bias};
+    return {weights.weight + (loftq_weight - base), weights.bias};
+  }
+  /// x in the factors' type.
+  Tensor cast(const Tensor& x) const {
+    return site().lookup || x.scalar_type() == lora_A.scalar_type() ? x : x.to(lora_A.scalar_type());
+  }
+  bool drops() const { return is_training() && options.dropout() > 0 && !site().lookup; }
+  /// s · (x (B A − B₀ A₀)ᵀ + bias).
+  Tensor update(const Tensor& x, const LayerView& layer) const {
+    auto result = layer.low_rank(x, full_A(), full_B());
+    if (lora_B_bias.defined()) result = result + per_channel(lora_B_bias);
+    return result * scaling();
+  }
+  /// What turns `update(dropped)` into s · (dropped Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ), for the base is not dropped.
+  Tensor undropped(const Tensor& x, const Tensor& dropped, const LayerView& layer) const {
+    return layer.low_rank(dropped - x, lora_A_0, lora_B_0) * scaling();
+  }
+  /// ΔW in the factors' type and the layout the layer stores its weight in.
+  Tensor delta(const LayerView& layer) const {
+    // Half types on the CPU are multiplied in float32 and rounded once, as the reference does.
+    const bool widen = lora_A.is_cpu() && lora_A.element_size() < 4;
+    const auto type = widen ? torch::kFloat32 : lora_A.scalar_type();
+    return layer.fold(product(full_A().flatten(1).to(type), full_B().flatten(1).to(type)) * scaling());
+  }
+  /// One value an output, shaped to meet the layer's output.
+  Tensor per_channel(const Tensor& values) const {
+    std::vector<int64_t> shape{values.numel()};
+    shape.resize(std::max<size_t>(1, site().fan_in.size()), 1);
+    return values.view(shape);
+  }
 
   int64_t rank;
   double alpha;
   Tensor lora_A, lora_B, lora_B_bias;
+  Tensor lora_A_0, lora_B_0;  ///< the start that is taken out of the base; undefined where there is none
+  Tensor loftq_weight;        ///< LoftQ's quantised weight, read back; undefined without
 
  private:
-  Tensor per_channel(const Tensor& bias) const {
-    std::vector<int64_t> shape{bias.size(0)};
-    shape.resize(std::max<size_t>(1, site().fan_in.size()), 1);
-    return bias.view(shape);
+  Tensor product(const Tensor& A, const Tensor& B) const {
+    const auto experts = site().experts;
+    if (experts == 1) return at::mm(B, A);
+    return at::bmm(B.view({B.size(0), rank, experts}).permute({2, 0, 1}), A.view({experts, rank, A.size(1)}));
   }
   double factor_ = 1.0;
 };
-
-/// Throws c10::ValueError, naming the option, if one is out of range.
-inline void check(const LoraOptions& options) {
-  TORCH_CHECK_VALUE(options.rank() > 0, "LoraOptions: rank must be positive, but got ", options.rank());
-  TORCH_CHECK_VALUE(std::isfinite(options.alpha()), "LoraOptions: alpha must be finite, but got ",
-                    options.alpha());
-  TORCH_CHECK_VALUE(options.dropout() >= 0 && options.dropout() < 1,
-                    "LoraOptions: dropout must be in [0, 1), but got ", options.dropout());
-  for (const auto& [pattern, rank] : options.rank_pattern()) {
-    TORCH_CHECK_VALUE(rank > 0, "LoraOptions: rank_pattern of '", pattern, "' must be positive, but got ",
-                      rank);
-    internal::check_pattern("LoraOptions: rank_pattern", pattern);
-  }
-  for (const auto& [pattern, alpha] : options.alpha_pattern()) {
-    TORCH_CHECK_VALUE(std::isfinite(alpha), "LoraOptions: alpha_pattern of '", pattern,
-                      "' must be finite, but got ", alpha);
-    internal::check_pattern("LoraOptions: alpha_pattern", pattern);
-  }
-  const auto& enable = options.enable();
-  TORCH_CHECK_VALUE(enable.empty() || std::find(enable.begin(), enable.end(), true) != enable.end(),
-                    "LoraOptions: enable must switch on at least one block, but got ", enable.size(),
-                    " times false");
-}
-
-/// Why a site cannot take LoRA, or an empty string.
-inline std::string refusal(const LoraOptions& options, const SiteInfo& site) {
-  const auto name = "a " + site.layer;
-  if (site.fan_in.empty()) return name + " has no low-rank form (hint: a `Replace` piece trains all of it)";
-  const auto rank = internal::first_match(options.rank_pattern(), site.path, options.rank());
-  if (rank % site.groups != 0) {
-    return name + " of " + std::to_string(site.groups) +
-           " groups needs a rank that is a multiple of it, but got rank " + std::to_string(rank);
-  }
-  if (options.lora_bias() && site.lookup) return name + " takes no lora_bias";
-  if (const auto blocks = static_cast<int64_t>(options.enable().size()); blocks > 0) {
-    if (site.layer != "Linear") return name + " has no blocks of rows to enable";
-    if (site.fan_out % blocks != 0) {
-      return name + " of " + std::to_string(site.fan_out) + " outputs cannot be cut into " +
-             std::to_string(blocks) + " equal blocks (enable)";
-    }
-    if (options.lora_bias()) return "lora_bias cannot be combined with enable";
-  }
-  return {};
-}
 
 inline std::shared_ptr<PieceImpl> make_piece(const LoraOptions& options, const SiteInfo& site) {
   return std::make_shared<LoraImpl>(options, site);
@@ -191,31 +160,55 @@ inline std::shared_ptr<PieceImpl> make_piece(const LoraOptions& options, const S
 
 inline LoraImpl::LoraImpl(LoraOptions settings, const SiteInfo& site)
     : Piece(LoraOptions::method, std::move(settings), site),
-      rank(internal::first_match(options.rank_pattern(), site.path, options.rank())),
-      alpha(internal::first_match(options.alpha_pattern(), site.path, options.alpha())) {
+      rank(internal::first_match(options.rank_pattern(), site.target(), options.rank())),
+      alpha(internal::first_match(options.alpha_pattern(), site.target(), options.alpha())) {
   check(options);
   const auto why = refusal(options, site);
   TORCH_CHECK_VALUE(why.empty(), "Lora: '", site.path, "': ", why);
   const auto blocks = static_cast<int64_t>(options.enable().size());
   const auto enabled = blocks ? std::count(options.enable().begin(), options.enable().end(), true) : 1;
-  std::vector<int64_t> shape_A{enabled * rank};
-  shape_A.insert(shape_A.end(), site.fan_in.begin(), site.fan_in.end());
-  std::vector<int64_t> shape_B{blocks ? enabled * site.fan_out / blocks : site.fan_out, rank / site.groups};
-  shape_B.resize(site.fan_in.size() + 1, 1);
+  const auto fan_in = site.experts > 1 ? std::vector<int64_t>{site.expert_in} : site.fan_in;
+  std::vector<int64_t> shape_A{enabled * rank * site.experts};
+  shape_A.insert(shape_A.end(), fan_in.begin(), fan_in.end());
+  std::vector<int64_t> shape_B{blocks ? enabled * site.fan_out / blocks : site.fan_out,
+                               rank * site.experts / site.groups};
+  shape_B.resize(fan_in.size() + 1, 1);
   lora_A = register_parameter("lora_A", torch::empty(shape_A));
-  lora_B = register_parameter("lora_B", torch::empty(shape_B));
+  lora_B = options.init() == LoraInit::mica ? register_buffer("lora_B", torch::empty(shape_B))
+                                            : register_parameter("lora_B", torch::empty(shape_B));
   if (options.lora_bias()) lora_B_bias = register_parameter("lora_B_bias", torch::empty({site.fan_out}));
+  if (internal::subtracts_start(options.init(), site)) {
+    lora_A_0 = register_buffer("lora_A_0", torch::zeros(shape_A));
+    lora_B_0 = register_buffer("lora_B_0", torch::zeros(shape_B));
+  }
+  if (options.init() == LoraInit::loftq && !site.lookup) {
+    loftq_weight = register_buffer("loftq_weight", torch::zeros(site.weight_shape));
+  }
 }
 
-inline void LoraImpl::initialize(const LayerView&) {
+inline void LoraImpl::initialize(const LayerView& base) {
   torch::NoGradGuard no_grad;
-  const auto like_default_layer = [](Tensor& weight) { nn::init::kaiming_uniform_(weight, std::sqrt(5.0)); };
+  const auto weight = [&] {
+    const auto W = base.weights().weight.detach().to(torch::kCPU, torch::kFloat32);
+    return site().lookup || site().fan_in_fan_out ? W.t() : W;
+  };
+  const auto like_default_layer = [](Tensor& factor) { nn::init::kaiming_uniform_(factor, std::sqrt(5.0)); };
+  if (!site().drawn_before.empty()) {
+    auto A = torch::empty({rank, site().drawn_before.at(1)});
+    auto B = torch::empty({site().drawn_before.at(0), rank});
+    like_default_layer(A);
+    like_default_layer(B);
+    if (options.lora_bias()) torch::empty({B.size(0)}).uniform_();
+    if (options.init() == LoraInit::kaiming) like_default_layer(A);
+    if (options.init() == LoraInit::gaussian) A.normal_();
+  }
   if (site().lookup) {
     lora_A.copy_(torch::randn(lora_A.sizes()));
     lora_B.copy_(torch::randn(lora_B.sizes()));
     if (options.init() == LoraInit::random) return;
     lora_A.zero_();
     lora_B.normal_();
+    if (options.init() == LoraInit::mica) lora_B.copy_(internal::minor_left_vectors(weight(), rank));
     return;
   }
   const bool stacked = !options.enable().empty();  // loralib draws A once
@@ -230,23 +223,66 @@ inline void LoraImpl::initialize(const LayerView&) {
     }
     if (options.init() == LoraInit::random) return;
   }
+  if (lora_B_bias.defined()) lora_B_bias.zero_();
   switch (options.init()) {
+    case LoraInit::random:
+      like_default_layer(lora_A);
+      like_default_layer(lora_B);
+      return;
     case LoraInit::kaiming:
+    case LoraInit::corda:
+    case LoraInit::lora_ga:
       like_default_layer(lora_A);
       break;
     case LoraInit::gaussian:
       lora_A.normal_(0.0, 1.0 / static_cast<double>(rank));
       break;
-    case LoraInit::random:
-      like_default_layer(lora_A);
-      like_default_layer(lora_B);
+    case LoraInit::eva:
+      break;
+    case LoraInit::mica:
+      lora_A.zero_();
+      lora_B.copy_(internal::minor_left_vectors(weight(), rank));
       return;
+    case LoraInit::orthogonal:
+      return start_from(internal::orthogonal(rank, site().fan_in[0], site().fan_out));
+    case LoraInit::pissa:
+      return start_from(internal::pissa(weight(), rank, scaling()));
+    case LoraInit::pissa_niter:
+      return start_from(internal::pissa_niter(weight(), rank, scaling(), options.niter()));
+    case LoraInit::olora:
+      return start_from(internal::olora(weight(), rank));
+    case LoraInit::loftq: {
+      const auto start = internal::loftq(weight(), rank, options.loftq_bits(), options.loftq_iter());
+      loftq_weight.copy_(site().fan_in_fan_out ? start.quantized.t() : start.quantized);
+      return start_from(start.factors);
+    }
   }
   lora_B.zero_();
-  if (lora_B_bias.defined()) lora_B_bias.zero_();
+}
+
+inline void LoraImpl::start_from(const internal::StartFactors& factors) {
+  torch::NoGradGuard no_grad;
+  const auto put = [&](Tensor& into, const Tensor& value) {
+    if (into.defined()) into.copy_(value.to(site().dtype));
+  };
+  put(lora_A, factors.A);
+  put(lora_B, factors.B);
+  put(lora_A_0, factors.A);
+  put(lora_B_0, factors.B);
+}
+
+inline void LoraImpl::resize(int64_t new_rank, double new_alpha, const LayerView& base) {
+  torch::NoGradGuard no_grad;
+  rank = new_rank;
+  alpha = new_alpha;
+  lora_A.set_data(torch::empty({rank, lora_A.size(1)}));
+  lora_B.set_data(torch::empty({lora_B.size(0), rank}));
+  initialize(base);
+  place();
 }
 
 inline Tensor LoraImpl::full_B() const {
+  if (lora_B_0.defined()) return torch::cat({lora_B, lora_B_0.neg()}, 1);
   if (options.enable().empty()) return lora_B;
   const auto blocks = static_cast<int64_t>(options.enable().size());
   const auto rows = site().fan_out / blocks;

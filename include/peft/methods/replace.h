@@ -17,14 +17,18 @@ struct ReplaceOptions {
 };
 
 /// W′, b′ = the adapter's own weights, copies of the layer's at the start. What lies below is not evaluated.
+/// The common part of the methods that train a copy of a layer.
 /// Shapes: weight, bias: as the layer's. Trains: both, in the base's floating type.
-/// Reference: Hugging Face PEFT's `modules_to_save`.
-class ReplaceImpl : public Piece<ReplaceImpl, ReplaceOptions> {
+template <class Derived, class Options>
+class OwnWeights : public Piece<Derived, Options> {
  public:
-  ReplaceImpl(ReplaceOptions settings, const SiteInfo& site) : Piece(ReplaceOptions::method, settings, site) {
+  OwnWeights(Options settings, const SiteInfo& site)
+      : Piece<Derived, Options>(Options::method, std::move(settings), site) {
     const auto tensor_options = torch::dtype(site.dtype).device(site.device);
-    weight = register_parameter("weight", torch::empty(site.weight_shape, tensor_options));
-    if (site.has_bias()) bias = register_parameter("bias", torch::empty(site.bias_shape, tensor_options));
+    weight = this->register_parameter("weight", torch::empty(site.weight_shape, tensor_options));
+    if (site.has_bias()) {
+      bias = this->register_parameter("bias", torch::empty(site.bias_shape, tensor_options));
+    }
   }
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
@@ -38,11 +42,18 @@ class ReplaceImpl : public Piece<ReplaceImpl, ReplaceOptions> {
     weight.copy_(from.weight);
     if (bias.defined()) bias.copy_(from.bias);
   }
-  void place() override { to(site().device); }
+  void place() override { this->to(this->site().device); }
   bool substitutes() const override { return true; }
-  Changed changed() const override { return {weight.numel(), bias.defined() ? bias.numel() : 0}; }
+  PieceImpl::Changed changed() const override { return {weight.numel(), bias.defined() ? bias.numel() : 0}; }
 
   Tensor weight, bias;
+};
+
+/// A copy of a layer that the adapter trains.
+/// Reference: Hugging Face PEFT's `modules_to_save`.
+class ReplaceImpl : public OwnWeights<ReplaceImpl, ReplaceOptions> {
+ public:
+  using OwnWeights::OwnWeights;
 };
 
 /// Why a site cannot take a `Replace`, or an empty string.

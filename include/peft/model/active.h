@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -26,12 +27,44 @@ inline void require_known(const ActiveSet& set, const std::string& name, const c
                     set.known.empty() ? std::string() : "; it has " + closest(name, set.known, 20));
 }
 
+/// Gives every piece the shared part of its adapter that lies in the same model: a copied piece comes
+/// without.
+inline void tie_shared(const std::vector<Node>& nodes) {
+  std::map<std::pair<std::string, std::string>, std::shared_ptr<SharedImpl>> parts;
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    for (const auto& name : node.site->adapters()) {
+      for (const auto& [method, shared] : node.site->shared(name))
+        parts.emplace(std::pair(name, method), shared);
+    }
+  }
+  if (parts.empty()) return;
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    for (const auto& name : node.site->adapters()) {
+      for (const auto& attached : node.site->pieces(name)) {
+        const auto found = parts.find({name, attached.piece->method()});
+        if (found != parts.end()) attached.piece->tie(found->second);
+      }
+    }
+  }
+}
+
+/// The adapters of a model; none for one without sites.
+inline std::vector<std::string> adapter_names(nn::Module& model) {
+  for (const auto& node : walk(model)) {
+    if (node.site) return node.site->activation()->get()->known;
+  }
+  return {};
+}
+
 }  // namespace internal
 
 /// The handle on an adapter the model carries already (after `clone`, or in another function).
 inline Adapter adapter(nn::Module& model, const std::string& name) {
   const auto nodes = internal::walk(model, /*learn_paths=*/true);
   internal::require_known(*internal::activation_of(nodes, "adapter")->get(), name, "adapter");
+  internal::tie_shared(nodes);
   std::shared_ptr<AdapterRecord> record;
   for (const auto& node : nodes) {
     if (node.site && !record && !node.site->pieces(name).empty())
@@ -74,8 +107,16 @@ inline void set_active(nn::Module& model, const std::vector<std::string>& names)
     if (!node.site) continue;
     if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
     std::string activations;
+    std::vector<std::pair<std::string, const PieceImpl*>> below;
     for (const auto& name : names) {
       for (const auto& attached : node.site->pieces(name)) {
+        for (const auto& [other, piece] : below) {
+          const auto why = other == name ? std::string() : attached.piece->conflict(*piece);
+          if (!why.empty()) {
+            problems.add("'" + node.path + "': '" + other + "' and '" + name + "' " + why);
+          }
+        }
+        below.emplace_back(name, attached.piece.get());
         if (attached.piece->works_on_activations()) {
           activations = attached.piece->method();
         } else if (!activations.empty()) {
@@ -192,7 +233,21 @@ std::shared_ptr<Model> clone(Model& model) {
   TORCH_CHECK(from.size() == into.size(), "clone: this model's clone() has ", into.size(),
               " parameters, expected ", from.size());
   for (size_t i = 0; i < from.size(); ++i) into[i].set_requires_grad(from[i].requires_grad());
-  internal::walk(*copy, /*learn_paths=*/true);
+  internal::tie_shared(internal::walk(*copy, /*learn_paths=*/true));
+  for (const auto& name : internal::adapter_names(model)) {
+    const auto original = adapter(model, name);
+    if (original.record().controllers.empty()) continue;
+    const auto copied = adapter(*copy, name);
+    std::map<const PieceImpl*, std::shared_ptr<PieceImpl>> twin;
+    for (size_t i = 0; i < original.entries().size(); ++i) {
+      twin[original.entries()[i].piece.get()] = copied.entries().at(i).piece;
+    }
+    for (const auto& controller : original.record().controllers) {
+      std::vector<std::shared_ptr<PieceImpl>> pieces;
+      for (const auto* piece : controller->pieces()) pieces.push_back(twin.at(piece));
+      copied.record().controllers.push_back(controller->copy(pieces));
+    }
+  }
   return copy;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <concepts>
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -34,15 +35,49 @@ struct Part {
   Target target;
   std::function<std::string(const SiteInfo&)> refusal;
   std::function<std::shared_ptr<PieceImpl>(const SiteInfo&)> make;
+  /// Of a method that has one: the controller of the pieces made by this part.
+  std::function<std::shared_ptr<Controller>(const std::vector<std::shared_ptr<PieceImpl>>&)> control = {};
 };
+
+namespace internal {
+
+/// Why a method cannot act through W′ alone, whatever its own view of the site, or an empty string.
+template <class Options>
+std::string weights_refusal(const Options& options, const SiteInfo& site) {
+  if (!site.weights_only) return {};
+  const auto name = "a " + site.layer + " that runs on weights alone takes no ";
+  if constexpr (requires(const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
+                  make_controller(options, pieces);
+                }) {
+    return name + Options::method + ", which watches the layer's forward";
+  }
+  double dropout = 0;
+  if constexpr (requires { options.dropout(); }) dropout = options.dropout();
+  if constexpr (requires { options.rank_dropout(); }) dropout = std::max(dropout, options.rank_dropout());
+  if constexpr (requires { options.module_dropout(); }) dropout = std::max(dropout, options.module_dropout());
+  return dropout > 0 && !site.ignores_dropout ? name + "dropout" : "";
+}
+
+}  // namespace internal
 
 /// `options` on `target`, as a part of an adapter. Throws c10::ValueError if an option is out of range.
 template <MethodOptions Options>
 Part on(Options options, Target target) {
   if constexpr (requires { check(options); }) check(options);
-  return {Options::method, Options::needs, std::move(target),
-          [options](const SiteInfo& site) { return refusal(options, site); },
-          [options](const SiteInfo& site) { return make_piece(options, site); }};
+  Part part{Options::method, Options::needs, std::move(target),
+            [options](const SiteInfo& site) {
+              const auto why = internal::weights_refusal(options, site);
+              return why.empty() ? refusal(options, site) : why;
+            },
+            [options](const SiteInfo& site) { return make_piece(options, site); }};
+  if constexpr (requires(const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
+                  make_controller(options, pieces);
+                }) {
+    part.control = [options](const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
+      return make_controller(options, pieces);
+    };
+  }
+  return part;
 }
 
 namespace internal {
@@ -54,6 +89,15 @@ struct Plan {
   std::vector<Adapter::Entry> entries;
   /// Plain layers of a Sequential and what makes them sites; run for those that get a piece.
   std::vector<std::pair<std::shared_ptr<SiteImpl>, std::function<void()>>> swaps;
+  /// What pieces of one method share, and the site that is to register it.
+  struct Shared {
+    std::shared_ptr<SiteImpl> site;
+    std::string method;
+    std::shared_ptr<SharedImpl> part;
+  };
+  std::vector<Shared> shared;
+  /// Makes the controllers of the pieces, once these have their values.
+  std::vector<std::function<std::shared_ptr<Controller>()>> controllers;
 };
 
 /// The site a plain layer of a Sequential would become, or nullptr.
@@ -199,6 +243,21 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
   return sites;
 }
 
+/// Checks that the sites can take pieces of an adapter of this name.
+inline void check_sites(const std::vector<Node>& nodes, const std::string& name, Problems& problems) {
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    if (node.site->owns_name(name)) {
+      problems.add("adapter name '" + name + "' is the name of a child of '" + node.path +
+                   "' (hint: choose another)");
+    }
+    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
+  }
+  if (name.empty() || name.find('.') != std::string::npos || name == RowAdapters::base) {
+    problems.add("an adapter's name must not be empty, hold a dot or be '__base__', but got '" + name + "'");
+  }
+}
+
 /// Checks everything, builds the pieces, changes nothing. `extends`: the adapter exists and gets further
 /// pieces.
 inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, const std::string& name,
@@ -212,15 +271,8 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
     if (!node.site) continue;
     sited = true;
     known = known || !node.site->pieces(name).empty();
-    if (node.site->owns_name(name)) {
-      problems.add("adapter name '" + name + "' is the name of a child of '" + node.path +
-                   "' (hint: choose another)");
-    }
-    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
   }
-  if (name.empty() || name.find('.') != std::string::npos || name == RowAdapters::base) {
-    problems.add("an adapter's name must not be empty, hold a dot or be '__base__', but got '" + name + "'");
-  }
+  check_sites(plan.nodes, name, problems);
   if (parts.empty()) problems.add("expected at least one part, but got none");
   if (known && !extends) problems.add("the model already has an adapter '" + name + "'");
   if (!known && extends) problems.add("the model has no adapter '" + name + "'");
@@ -250,6 +302,7 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
   std::stable_sort(ordered.begin(), ordered.end(),
                    [](const auto& a, const auto& b) { return a.first < b.first; });
 
+  std::map<const Part*, std::vector<std::shared_ptr<PieceImpl>>> made;
   for (const auto& [index, item] : ordered) {
     const auto& path = item.site->path();
     std::vector<const PieceImpl*> present;
@@ -263,6 +316,9 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
     } catch (const c10::Error& error) {
       problems.add("'" + path + "': " + error.what_without_backtrace());
       continue;
+    }
+    if (const auto why = piece->not_mergeable(); piece->site().weights_only && !why.empty()) {
+      problems.add("'" + path + "' runs on weights alone: " + why);
     }
     for (const auto* other : present) {
       if (other->method() == piece->method()) {
@@ -287,19 +343,56 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
         }
       }
     }
+    for (const auto& active : item.site->activation()->get()->active) {
+      if (active == name) continue;
+      for (const auto& attached : item.site->pieces(active)) {
+        const auto why = piece->conflict(*attached.piece);
+        if (!why.empty()) {
+          problems.add("'" + path + "': '" + name + "' and active adapter '" + active + "' " + why +
+                       " (hint: set_active without it first)");
+        }
+      }
+    }
     plan.entries.push_back({item.site, piece, item.part->target.origin()});
+    made[item.part].push_back(piece);
+  }
+  for (const auto& group : made) {  // clang 14 captures no structured bindings
+    const auto& pieces = group.second;
+    const auto& method = group.first->method;
+    const auto shared = pieces.front()->make_shared_part(pieces);
+    if (!shared) continue;
+    for (const auto& piece : pieces) piece->tie(shared);
+    const auto first = std::find_if(plan.entries.begin(), plan.entries.end(),
+                                    [&](const auto& entry) { return entry.piece == pieces.front(); });
+    if (std::any_of(plan.shared.begin(), plan.shared.end(),
+                    [&](const auto& other) { return other.method == method; })) {
+      problems.add("'" + first->site->path() + "': the layers of '" + method +
+                   "' share tensors, so an adapter holds one part of it, but got two (hint: one target for "
+                   "all its layers)");
+    }
+    plan.shared.push_back({first->site, method, shared});
   }
   problems.raise("add_adapter");
+  for (const auto& [part, pieces] : made) {
+    if (part->control) {
+      plan.controllers.emplace_back([control = part->control, own = pieces] { return control(own); });
+    }
+  }
   return plan;
 }
 
 /// Attaches what was planned: swaps Sequential slots, freezes the base, registers the pieces, activates the
-/// name.
-inline void commit(Plan& plan, const Adapter& adapter, bool trainable) {
+/// name if asked to.
+inline void commit(Plan& plan, const Adapter& adapter, bool trainable, bool active = true) {
   const auto adapted = [&](const std::shared_ptr<SiteImpl>& site) {
     return std::any_of(plan.entries.begin(), plan.entries.end(),
                        [&](const auto& entry) { return entry.site == site; });
   };
+  // First, because a controller may refuse what it is given.
+  std::vector<std::shared_ptr<Controller>> controllers;
+  if (trainable) {
+    for (const auto& make : plan.controllers) controllers.push_back(make());
+  }
   for (const auto& [site, swap] : plan.swaps) {
     if (adapted(site)) swap();
   }
@@ -318,6 +411,12 @@ inline void commit(Plan& plan, const Adapter& adapter, bool trainable) {
     }
     entry.site->attach({entry.piece, entry.origin, adapter.shared_record()});
   }
+  for (const auto& [site, method, part] : plan.shared) {
+    if (!trainable) {
+      for (auto& parameter : part->parameters()) parameter.set_requires_grad(false);
+    }
+    site->attach_shared(adapter.name(), method, part);
+  }
   std::vector<Adapter::Entry> entries;
   for (const auto& node : plan.nodes) {
     if (!node.site) continue;
@@ -325,17 +424,22 @@ inline void commit(Plan& plan, const Adapter& adapter, bool trainable) {
       entries.push_back({node.site, attached.piece, attached.origin});
   }
   adapter.set_entries(std::move(entries));
+  for (auto& controller : controllers) adapter.record().controllers.push_back(std::move(controller));
   auto set = *activation->get();
   const auto append = [&](std::vector<std::string>& names) {
     if (std::find(names.begin(), names.end(), adapter.name()) == names.end()) names.push_back(adapter.name());
   };
-  append(set.active);
+  if (active) append(set.active);
   append(set.known);
   activation->set(std::move(set));
 }
 
 inline void initialize(const Plan& plan) {
   torch::NoGradGuard no_grad;
+  for (const auto& [site, method, part] : plan.shared) {
+    part->initialize();
+    part->place(site->info());
+  }
   for (const auto& entry : plan.entries) {
     entry.piece->initialize(*entry.site->base_view());
     entry.piece->place();

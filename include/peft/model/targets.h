@@ -107,9 +107,10 @@ inline void walk_into(const std::shared_ptr<nn::Module>& parent, nn::Module& mod
   for (const auto& child : module.named_children()) {
     if (std::find(adapters.begin(), adapters.end(), child.key()) != adapters.end()) continue;
     if (!seen.insert(child.value().get()).second) continue;
-    const auto child_path = path.empty() ? child.key() : path + "." + child.key();
-    nodes.push_back(
-        {child_path, child.value(), std::dynamic_pointer_cast<SiteImpl>(child.value()), parent, child.key()});
+    auto inner = std::dynamic_pointer_cast<SiteImpl>(child.value());
+    const auto segment = inner ? inner->segment(child.key()) : child.key();
+    const auto child_path = path.empty() ? segment : path + "." + segment;
+    nodes.push_back({child_path, child.value(), std::move(inner), parent, child.key()});
     walk_into(child.value(), *child.value(), child_path, nodes, seen);
   }
 }

@@ -55,6 +55,66 @@ inline void check_checkpoint(const SafetensorsFile& file, const std::string& tit
   TORCH_CHECK(notes.count("position"), title, ": it has no position in the data");
 }
 
+/// The states of an adapter's controllers while a checkpoint is read: they decide which tensors there are, so
+/// they are set before the others are checked, and set back if something does not fit.
+class ControllerStates {
+ public:
+  ControllerStates(const Adapter& adapter, AdamW& optimizer) : adapter_(adapter), optimizer_(optimizer) {
+    for (const auto& controller : controllers()) before_.push_back(own(controller->state()));
+    if (before_.empty()) return;
+    tensors_ = own(adapter.named_tensors());
+    moments_ = own(optimizer.state());
+  }
+
+  /// Changes nothing where the states do not fit.
+  void load(const std::map<std::string, Tensor>& states, Problems& problems) {
+    std::vector<std::map<std::string, Tensor>> given(controllers().size());
+    const auto complaints = problems.size();
+    for (const auto& [name, tensor] : states) {
+      const auto index = name.substr(0, name.find('.'));
+      size_t i = 0;
+      while (i < given.size() && std::to_string(i) != index) ++i;
+      if (i == given.size()) {
+        problems.add("'controller." + name + "' is not expected");
+      } else {
+        given[i].emplace(name.substr(index.size() + 1), tensor);
+      }
+    }
+    if (problems.size() > complaints) return;
+    try {
+      for (size_t i = 0; i < given.size(); ++i) controllers()[i]->load_state(given[i]);
+      optimizer_.follow_growth();
+    } catch (const c10::Error& error) {
+      restore();
+      problems.add(error.what_without_backtrace());
+    }
+  }
+
+  void restore() {
+    if (before_.empty()) return;
+    for (size_t i = 0; i < before_.size(); ++i) controllers()[i]->load_state(before_[i]);
+    optimizer_.follow_growth();
+    for (const auto& [name, tensor] : adapter_.named_tensors()) Tensor(tensor).copy_(tensors_.at(name));
+    optimizer_.load_state(moments_);
+    adapter_.accept_changes();
+  }
+
+ private:
+  const std::vector<std::shared_ptr<Controller>>& controllers() const {
+    return adapter_.record().controllers;
+  }
+  static std::map<std::string, Tensor> own(const NamedTensors& named) {
+    std::map<std::string, Tensor> copies;
+    for (const auto& [name, tensor] : named) copies.emplace(name, tensor.detach().clone());
+    return copies;
+  }
+
+  const Adapter& adapter_;
+  AdamW& optimizer_;
+  std::vector<std::map<std::string, Tensor>> before_;
+  std::map<std::string, Tensor> tensors_, moments_;
+};
+
 }  // namespace internal
 
 /// Writes all of a run to one safetensors file: the adapter's tensors, frozen ones too, the optimizer's and
@@ -75,6 +135,10 @@ inline void save_checkpoint(const std::filesystem::path& path, const Adapter& ad
   add("adapter.", adapter.named_tensors());
   add("optimizer.", optimizer.state());
   add("schedule.", schedule.state());
+  const auto& controllers = adapter.record().controllers;
+  for (size_t i = 0; i < controllers.size(); ++i) {
+    add("controller." + std::to_string(i) + ".", controllers[i]->state());
+  }
   for (const auto& [name, generator] : internal::generators(adapter)) {
     tensors.emplace_back("generator." + name, internal::generator_state(generator));
   }
@@ -101,7 +165,7 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
   internal::check_checkpoint(file, title);
 
   std::map<std::string, std::map<std::string, Tensor>> parts{
-      {"adapter", {}}, {"optimizer", {}}, {"schedule", {}}, {"generator", {}}};
+      {"adapter", {}}, {"optimizer", {}}, {"schedule", {}}, {"generator", {}}, {"controller", {}}};
   internal::Problems problems;
   for (const auto& name : file.names()) {
     const auto dot = name.find('.');
@@ -114,6 +178,8 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
       part->second.emplace(name.substr(dot + 1), file.tensor(name));
     }
   }
+  internal::ControllerStates controllers(adapter, optimizer);
+  controllers.load(parts["controller"], problems);
   const auto& tensors = parts["adapter"];
   const auto named = adapter.named_tensors();
   internal::check_tensors(named, tensors, problems);
@@ -124,6 +190,7 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
   for (const auto& [name, generator] : generators)
     before.emplace_back(name, internal::generator_state(generator));
   internal::check_tensors(before, parts["generator"], problems);
+  if (!problems.empty()) controllers.restore();
   problems.raise(title);
 
   // The one thing left that can refuse what it is given, and so the first to be set.
@@ -135,6 +202,7 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
     for (size_t i = 0; i < generators.size(); ++i) {
       internal::set_generator_state(generators[i].second, before[i].second);
     }
+    controllers.restore();
     TORCH_CHECK(false, title,
                 ": the state of the random number generators is damaged: ", error.what_without_backtrace());
   }
@@ -142,6 +210,7 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
   optimizer.load_state(parts["optimizer"]);
   schedule.load_state(parts["schedule"]);
   optimizer.zero_grad();
+  adapter.accept_changes();
   return file.metadata().at("position");
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -28,35 +29,6 @@ struct ParameterGroup {
   torch::optim::AdamWOptions options;
 };
 
-namespace internal {
-
-/// Compares named tensors on file with those they are for; what does not fit is added to `problems`.
-inline void check_tensors(const std::vector<std::pair<std::string, Tensor>>& expected,
-                          const std::map<std::string, Tensor>& given, Problems& problems) {
-  std::vector<std::string> names;
-  for (const auto& [name, tensor] : expected) {
-    names.push_back(name);
-    const auto found = given.find(name);
-    if (found == given.end()) {
-      problems.add("'" + name + "' is missing");
-    } else if (found->second.sizes() != tensor.sizes()) {
-      problems.add("'" + name + "' expected shape " + shape_text(tensor.sizes()) + ", but got " +
-                   shape_text(found->second.sizes()));
-    } else if (found->second.scalar_type() != tensor.scalar_type()) {
-      problems.add("'" + name + "' expected dtype " + c10::toString(tensor.scalar_type()) + ", but got " +
-                   c10::toString(found->second.scalar_type()));
-    }
-  }
-  std::sort(names.begin(), names.end());
-  for (const auto& item : given) {
-    if (!std::binary_search(names.begin(), names.end(), item.first)) {
-      problems.add("'" + item.first + "' is not expected");
-    }
-  }
-}
-
-}  // namespace internal
-
 /// AdamW over the tensors of an adapter that train: the arithmetic of `torch::optim::AdamW` in one pass over
 /// flat storage, with the clipping of `torch::nn::utils::clip_grad_norm_` fused in.
 ///
@@ -64,6 +36,10 @@ inline void check_tensors(const std::vector<std::pair<std::string, Tensor>>& exp
 /// those without a gradient are in torch. (A foreign pass that writes to all gradients, such as torch's own
 /// `clip_grad_norm_`, makes them count as reached: use `max_grad_norm`.) The gradients themselves stay
 /// unclipped. A gradient that is not finite makes its weights so too, as in torch: watch the loss.
+///
+/// Methods with a controller (AdaLoRA, IncreLoRA) do their part in `step` and in `state`: there is nothing
+/// else to call. Parameters a method adds while it trains become a group of their own, with `defaults` and
+/// counters from 0.
 ///
 /// Rates live in `param_groups()` as `torch::optim::AdamWOptions`, so schedulers of either library apply.
 /// `max_grad_norm`: largest Euclidean norm of all gradients together; 0 switches clipping off.
@@ -129,8 +105,15 @@ class AdamW : public torch::optim::Optimizer {
     TORCH_CHECK(param_groups().size() == groups_, "AdamW::step: the optimizer was made with ", groups_,
                 " parameter groups, but has ", param_groups().size(),
                 " (hint: name them in its constructor)");
-    const auto& defined = storage_.gather();
-    const auto scale = clip(defined);
+    for (const auto& controller : controllers_) controller->add_penalty_gradients();
+    storage_.gather();
+    const auto scale = clip(storage_.defined());
+    const StepContext context{scale, [this](const Tensor& tensor) { return is_reached(tensor); }};
+    for (const auto& controller : controllers_) {
+      const auto joined = controller->grow(context);
+      if (!joined.empty()) append_group(joined);
+    }
+    const auto& defined = storage_.defined();
     for (size_t i = 0; i < defined.size(); ++i) steps_[i] += defined[i] ? 1 : 0;
     for (const auto& segment : storage_.segments()) {
       const auto& options =
@@ -149,7 +132,40 @@ class AdamW : public torch::optim::Optimizer {
     for (size_t i = 0; i < defined.size(); ++i) {
       if (defined[i]) storage_.mark_written(i);
     }
+    for (const auto& controller : controllers_) {
+      controller->after_update(context);
+      for (const auto* piece : controller->pieces()) piece->mark();
+    }
     return loss;
+  }
+
+  /// True for a group that joined during training and begins the schedule anew.
+  bool restarts_schedule(size_t group) const {
+    return group >= first_groups_ &&
+           std::any_of(controllers_.begin(), controllers_.end(),
+                       [](const auto& controller) { return controller->restarts_schedule(); });
+  }
+
+  /// Makes the later groups those the adapter's controllers have now, after these were given another state.
+  /// All moments and counters begin anew, for `load_state` to fill.
+  void follow_growth() {
+    if (std::none_of(controllers_.begin(), controllers_.end(), [](const auto& c) { return c->grows(); }))
+      return;
+    const auto first = static_cast<size_t>(std::count_if(
+        group_of_.begin(), group_of_.end(), [&](size_t group) { return group < first_groups_; }));
+    std::erase_if(group_of_, [&](size_t group) { return group >= first_groups_; });
+    std::erase_if(model_order_, [&](size_t index) { return index >= first; });
+    names_.resize(first);
+    tensors_.resize(first);
+    decays_.resize(first);
+    steps_.assign(first, 0);
+    auto& groups = param_groups();
+    while (groups.size() > first_groups_) groups.pop_back();  // LibTorch 1.13's cannot be assigned
+    groups_ = first_groups_;
+    storage_ = internal::FlatStorage(tensors_, group_of_, /*columns=*/2);
+    for (const auto& controller : controllers_) {
+      for (const auto& group : controller->groups()) append_group(group);
+    }
   }
 
   /// All that the next step depends on beside parameters and options: for each parameter, in the adapter's
@@ -237,8 +253,11 @@ class AdamW : public torch::optim::Optimizer {
   AdamW(const Adapter& adapter, const Assignment& assignment, torch::optim::AdamWOptions defaults,
         double max_grad_norm)
       : torch::optim::Optimizer(assignment.param_groups(),
-                                std::make_unique<torch::optim::AdamWOptions>(std::move(defaults))),
+                                std::make_unique<torch::optim::AdamWOptions>(defaults)),
+        controllers_(adapter.record().controllers),
+        later_options_(std::move(defaults)),
         groups_(assignment.options.size()),
+        first_groups_(groups_),
         max_grad_norm_(max_grad_norm) {
     // Newer LibTorchs replace a group's options that equal torch's defaults by this optimizer's.
     for (size_t i = 0; i < groups_; ++i) {
@@ -284,6 +303,21 @@ class AdamW : public torch::optim::Optimizer {
       if (!tensor.is_leaf()) problems.add("'" + name + "' must be a leaf of the graph");
       if (!tensor.is_floating_point()) problems.add("'" + name + "' must be of a floating type");
     }
+    std::set<const PieceImpl*> ruled;
+    int growing = 0;
+    for (const auto& controller : adapter.record().controllers) {
+      for (const auto* piece : controller->pieces()) ruled.insert(piece);
+      growing += controller->grows() ? 1 : 0;
+    }
+    if (growing > 1) problems.add("an adapter can hold one method that grows, but has " + c10::str(growing));
+    for (const auto& entry : adapter.entries()) {
+      const bool trains =
+          !entry.piece->parameters().empty() && entry.piece->parameters().front().requires_grad();
+      if (trains && entry.piece->needs_controller() && !ruled.count(entry.piece.get())) {
+        problems.add("'" + entry.site->path() + "': the controller of '" + entry.piece->method() +
+                     "' is missing (hint: copy models with peft::clone)");
+      }
+    }
     if (result.names.empty()) {
       problems.add("adapter '" + adapter.name() +
                    "' has nothing that trains (hint: was it loaded without trainable?)");
@@ -305,6 +339,33 @@ class AdamW : public torch::optim::Optimizer {
     }
     problems.raise("AdamW");
     return result;
+  }
+
+  /// Whether the present step has a gradient for a parameter.
+  bool is_reached(const Tensor& tensor) const {
+    const auto& defined = storage_.defined();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (tensors_[i].is_same(tensor)) return defined[i];
+    }
+    return false;
+  }
+
+  /// Further parameters, as one group with the options the optimizer was made with.
+  void append_group(const NamedTensors& joined) {
+    std::vector<Tensor> members;
+    for (const auto& [name, tensor] : joined) {
+      model_order_.push_back(names_.size());
+      names_.push_back(name);
+      tensors_.push_back(tensor);
+      members.push_back(tensor);
+      group_of_.push_back(groups_);
+      decays_.push_back(true);
+      steps_.push_back(0);
+    }
+    add_param_group(torch::optim::OptimizerParamGroup(
+        members, std::make_unique<torch::optim::AdamWOptions>(later_options_)));
+    static_cast<torch::optim::AdamWOptions&>(param_groups().back().options()) = later_options_;
+    storage_.append(members, groups_++);
   }
 
   /// Lays the tensors out: those that share decay together, then as `flat_order` says. Before the first step.
@@ -377,7 +438,9 @@ class AdamW : public torch::optim::Optimizer {
   std::vector<char> decays_;
   std::vector<int64_t> steps_;
   std::vector<size_t> model_order_;  ///< index into `names_` of each parameter in the adapter's order
-  size_t groups_ = 0;
+  std::vector<std::shared_ptr<Controller>> controllers_;
+  torch::optim::AdamWOptions later_options_;  ///< of groups that join during training
+  size_t groups_ = 0, first_groups_ = 0;
   mutable internal::FlatStorage storage_;  ///< an arrangement of tensors that belong to the adapter
   Form form_ = Form::torch;
   double max_grad_norm_ = 0;

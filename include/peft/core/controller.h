@@ -1,0 +1,129 @@
+// Controller: what a method does across all its sites around each step of the optimizer.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "peft/core/piece.h"
+#include "peft/core/problems.h"
+
+namespace peft {
+
+/// Tensors under their names.
+using NamedTensors = std::vector<std::pair<std::string, Tensor>>;
+
+/// What a controller may know of the step it takes part in.
+struct StepContext {
+  Tensor clip;  ///< what the update multiplies the gradients with; undefined: they are used as they are
+  std::function<bool(const Tensor&)> has_gradient;  ///< whether backward reached a parameter
+};
+
+/// The state of a method across its sites (ranks, importances) and its part in a training step. `peft::AdamW`
+/// calls, in this order: `add_penalty_gradients`, the clipping, `grow`, the update, `after_update`, `mark` of
+/// the pieces.
+/// Around a foreign optimizer, `Adapter::before_step` and `Adapter::after_step` do. A method that has one
+/// offers the free function `make_controller(options, pieces)`.
+class Controller {
+ public:
+  Controller() = default;
+  Controller(const Controller&) = delete;
+  Controller& operator=(const Controller&) = delete;
+  virtual ~Controller() = default;
+
+  /// The pieces it rules, in the model's order.
+  virtual std::vector<const PieceImpl*> pieces() const = 0;
+
+  /// The reference's penalty term, weight included, of the tensors as they are; undefined without one.
+  virtual Tensor penalty() const { return {}; }
+  /// Adds the gradient of `penalty` to the parameters' gradients, in closed form.
+  virtual void add_penalty_gradients() {}
+
+  /// True if `grow` may add parameters.
+  virtual bool grows() const { return false; }
+  /// Parameters that this step adds to the adapter, or lets train from now on: one new group of the
+  /// optimizer, with its default options. Empty: none.
+  virtual NamedTensors grow(const StepContext&) { return {}; }
+  /// The groups `grow` has made so far.
+  virtual std::vector<NamedTensors> groups() const { return {}; }
+  /// True if each such group begins the schedule anew, with the steps that are left.
+  virtual bool restarts_schedule() const { return false; }
+
+  virtual void after_update(const StepContext&) {}
+
+  /// All that the next step depends on beside the pieces' tensors, for a checkpoint.
+  virtual NamedTensors state() const = 0;
+  /// Takes over what `state` gave; gives the pieces the number and shapes of tensors they had then. Throws
+  /// c10::ValueError, before anything is changed, for a state that does not fit.
+  virtual void load_state(const std::map<std::string, Tensor>& state) = 0;
+
+  /// The same state for the copies of its pieces, in the same order.
+  virtual std::shared_ptr<Controller> copy(const std::vector<std::shared_ptr<PieceImpl>>& pieces) const = 0;
+};
+
+/// Notices parameters that were changed between two forwards in training by something else than the
+/// controller's step, which is an optimizer that leaves the controller out.
+class StepGuard {
+ public:
+  /// To be called by the forward of a piece that a controller rules. Throws c10::Error if the parameters are
+  /// not those of the last `mark`; the first call marks.
+  void check(const PieceImpl& piece, std::initializer_list<Tensor> parameters) const {
+    if (!piece.is_training() || !torch::GradMode::is_enabled() || !parameters.begin()->requires_grad()) {
+      return;
+    }
+    const auto now = sum(parameters);
+    int64_t unset = none;
+    if (version_.compare_exchange_strong(unset, now) || unset == now) return;
+    TORCH_CHECK(false, "'", piece.site().path, "': '", piece.method(),
+                "' was changed since the last forward, but its step was left out (hint: train with "
+                "peft::AdamW(adapter), or call adapter.before_step() and adapter.after_step() around another "
+                "optimizer's step; after a change of your own, adapter.accept_changes())");
+  }
+  void mark(std::initializer_list<Tensor> parameters) const { version_ = sum(parameters); }
+
+ private:
+  static constexpr int64_t none = -1;
+  static int64_t sum(std::initializer_list<Tensor> parameters) {
+    int64_t total = 0;
+    for (const auto& parameter : parameters) total += static_cast<int64_t>(parameter._version());
+    return total;
+  }
+  mutable std::atomic<int64_t> version_{none};
+};
+
+namespace internal {
+
+/// ‖P Pᵀ − I‖_F of a matrix, or of its transpose, and, where asked for, `weight` times its gradient
+/// 2 (P Pᵀ − I) P / ‖P Pᵀ − I‖_F, added to `gradient`. At exact orthogonality, where it has none, the
+/// gradient is 0, as torch's norm has it.
+inline Tensor orthogonality(const Tensor& matrix, bool transposed) {
+  const auto P = transposed ? matrix.t() : matrix;
+  auto difference = at::mm(P, P.t());
+  difference.diagonal().sub_(1);
+  return difference.norm();
+}
+inline void add_orthogonality_gradient(const Tensor& matrix, bool transposed, double weight,
+                                       Tensor& gradient) {
+  const auto P = transposed ? matrix.t() : matrix;
+  auto difference = at::mm(P, P.t());
+  difference.diagonal().sub_(1);
+  const auto norm = difference.norm();
+  const auto factor = torch::where(norm > 0, 2 * weight / norm, torch::zeros_like(norm));
+  const auto direction = at::mm(difference, P) * factor;
+  gradient.add_(transposed ? direction.t() : direction);
+}
+
+/// A parameter's gradient, made if there is none.
+inline Tensor gradient_of(const Tensor& parameter) {
+  if (!parameter.grad().defined()) Tensor(parameter).mutable_grad() = torch::zeros_like(parameter);
+  return parameter.grad();
+}
+
+}  // namespace internal
+}  // namespace peft

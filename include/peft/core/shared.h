@@ -1,0 +1,40 @@
+// Shared: tensors that several pieces of one adapter use.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "peft/core/compat.h"
+#include "peft/core/site_traits.h"
+
+namespace peft {
+
+/// Tensors that all pieces of one method in an adapter use. Registered once, at
+/// `<first site>.<adapter>.shared.<method>`; the pieces hold pointers that are not registered, since
+/// `parameters()` would list the tensors once a piece. `PieceImpl::make_shared_part` makes it. Registered
+/// parameters are what trains; frozen state is registered as buffers.
+class SharedImpl : public nn::Module {
+ public:
+  using nn::Module::Module;
+
+  /// The reference's random draws, before those of the pieces: once, in float32 on the CPU. Not run for an
+  /// adapter that is loaded or copied.
+  virtual void initialize() {}
+
+  /// Moves it to the device and floating type of the site that registers it, as `PieceImpl::place` does.
+  virtual void place(const SiteInfo& site) {
+    to(site.device, site.dtype);
+    if (site.dtype == torch::kFloat16 || site.dtype == torch::kBFloat16) to(torch::kFloat32);
+  }
+
+  /// A copy with its own tensors and the same `requires_grad`, nothing drawn.
+  virtual std::shared_ptr<SharedImpl> copy() const = 0;
+
+  std::shared_ptr<nn::Module> clone(const internal::OptionalDevice& device) const override {
+    auto result = copy();
+    if (device) result->to(*device);
+    return result;
+  }
+};
+
+}  // namespace peft
