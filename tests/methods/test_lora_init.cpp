@@ -34,9 +34,16 @@ void assign(const Tensor& tensor, const Tensor& value) {
   Tensor(tensor).copy_(value.view(tensor.sizes()));
 }
 
-peft::Linear filled_linear() {
+/// `spread`: with smallest singular values that lie apart, for what starts from their vectors.
+Tensor filled_weight(bool spread) {
+  auto weight = fill({6, 8}, 1);
+  if (spread) weight.diagonal().add_(torch::arange(1, 7) / 4);
+  return weight;
+}
+
+peft::Linear filled_linear(bool spread = false) {
   peft::Linear site(8, 6);
-  assign(site->base->weight, fill({6, 8}, 1));
+  assign(site->base->weight, filled_weight(spread));
   assign(site->base->bias, fill({6}, 2));
   return site;
 }
@@ -48,11 +55,11 @@ std::shared_ptr<peft::LoraImpl> only(const nn::Module& site) {
 /// The reference's numbers: s B A of a probe at the start, the output for it after 12 steps. And what the
 /// reference cannot have: the base stays as it was, and nothing changes at the start.
 void check_start(peft::Linear& site, const std::vector<double>& update, const std::vector<double>& output,
-                 bool no_op = true) {
+                 bool no_op = true, bool spread = false) {
   const auto piece = only(*site);
   const auto probe = fill({1, 8}, 9);
   check_values(probe.mm(piece->lora_A.t()).mm(piece->lora_B.t()) * piece->scaling(), update);
-  CHECK(torch::equal(site->base->weight, fill({6, 8}, 1)));
+  CHECK(torch::equal(site->base->weight, filled_weight(spread)));
   const auto plain = at::linear(probe, site->base->weight, site->base->bias);
   if (no_op) CHECK(largest(site->forward(probe), plain) < 1e-6);
   peft::AdamW optimizer(peft::adapter(*site, "default"), torch::optim::AdamWOptions(0.02).weight_decay(0.01));
@@ -122,9 +129,12 @@ TEST_CASE("LoRA's starts equal Hugging Face's, and train alike", "[lora][init]")
                 {0.8409917, 0.1795869, 0.1337481, 0.2176905, -0.4604085, -0.07226434});
   }
   SECTION("mica") {
+    site = filled_linear(/*spread=*/true);
     add(LoraInit::mica);
     const auto B = only(*site)->lora_B.clone();
-    check_start(site, {0, 0, 0, 0, 0, 0}, {1.245608, -0.1357078, 0.1649, 0.1921518, -0.8305113, 0.3505594});
+    check_start(site, {0, 0, 0, 0, 0, 0},
+                {1.315069, -0.1327154, -0.2382047, 0.1491369, -0.04642544, -0.6371775}, /*no_op=*/true,
+                /*spread=*/true);
     CHECK(torch::equal(only(*site)->lora_B, B));
   }
   SECTION("mica of an embedding") {
@@ -139,22 +149,31 @@ TEST_CASE("LoRA's starts equal Hugging Face's, and train alike", "[lora][init]")
 
 // Reference: Hugging Face PEFT, tests/reference/lora_init_values.py.
 TEST_CASE("CorDA starts and trains as Hugging Face's", "[lora][init]") {
-  auto site = filled_linear();
-  auto adapter = peft::add_adapter(*site, LoraOptions(2).alpha(3).init(LoraInit::corda), peft::all());
-  const auto run = [&] {
+  const auto adapt = [](peft::Linear& site) {
+    return peft::add_adapter(*site, LoraOptions(2).alpha(3).init(LoraInit::corda), peft::all());
+  };
+  const auto run = [](peft::Linear& site) {
     for (const auto k : {3, 40}) site->forward(fill({7, 8}, k));
   };
   SECTION("the largest components") {
-    peft::initialize_corda(*site, adapter, run);
+    auto site = filled_linear();
+    auto adapter = adapt(site);
+    peft::initialize_corda(*site, adapter, [&] { run(site); });
     check_start(site, {0.6138327, 0.6065419, 0.2754869, -0.1419805, -0.1492715, -0.1565626},
                 {0.3780097, -0.2049402, -0.1316948, 0.1527499, -0.4123925, -0.01543768});
   }
   SECTION("the smallest components") {
-    peft::initialize_corda(*site, adapter, run, peft::CordaOptions().largest(false));
-    check_start(site, {0, 0, 0, 0, 0, 0},
-                {0.7808701, 0.1725214, 0.07612142, 0.1808964, -0.521643, -0.1254528});
+    auto site = filled_linear(/*spread=*/true);
+    auto adapter = adapt(site);
+    peft::initialize_corda(
+        *site, adapter, [&] { run(site); }, peft::CordaOptions().largest(false));
+    check_start(site, {0.1075911, 0.0006881375, 0.005307331, 0.02929246, -0.05169637, 0.03994892},
+                {1.100838, 0.0784958, -0.2451368, 0.340079, -0.3255273, -0.5114114}, /*no_op=*/true,
+                /*spread=*/true);
   }
   SECTION("without samples") {
+    auto site = filled_linear();
+    auto adapter = adapt(site);
     CHECK_THROWS_WITH(peft::initialize_corda(*site, adapter, [] {}), Contains("the samples did not reach"));
     CHECK_THROWS_WITH(peft::initialize_corda(*site, adapter,
                                              [&] {

@@ -26,10 +26,13 @@ def update(layer, probe):
     return layer.scaling["default"] * (probe @ A.T @ B.T)
 
 
-def linear():
+def linear(spread=False):
+    """`spread`: with smallest singular values that lie apart, for what starts from their vectors."""
     layer = torch.nn.Linear(8, 6)
     with torch.no_grad():
         layer.weight.copy_(f32([6, 8], 1))
+        if spread:
+            layer.weight.diagonal().add_(torch.arange(1, 7) / 4)
         layer.bias.copy_(f32([6], 2))
     return One(layer)
 
@@ -46,7 +49,7 @@ def trained(name, model, layer):
 
 
 def simple(name, **settings):
-    model = linear()
+    model = linear(spread=name == "mica")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["layer"], init_lora_weights=name, **settings)
     model = peft.get_peft_model(model, config)
@@ -65,7 +68,7 @@ def embedding_mica():
 
 def corda():
     for method in ("ipm", "kpm"):
-        model = linear()
+        model = linear(spread=method == "kpm")
         settings = peft.tuners.lora.config.CordaConfig(corda_method=method)
         config = peft.LoraConfig(
             r=2, lora_alpha=3, target_modules=["layer"], init_lora_weights="corda", corda_config=settings
