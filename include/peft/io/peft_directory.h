@@ -83,13 +83,12 @@ inline std::filesystem::path adapter_folder(const std::filesystem::path& directo
   std::error_code ignored;
   StagedDirectory::recover(directory);
   if (std::filesystem::is_regular_file(directory / config_file_name, ignored)) return directory;
-  if (!name.empty() && std::filesystem::is_regular_file(directory / name / config_file_name, ignored)) {
-    return directory / name;
-  }
   TORCH_CHECK(std::filesystem::is_directory(directory, ignored), "load_adapter: '", directory.string(),
               "' must be an adapter's folder, but there is none");
-  TORCH_CHECK(false, "load_adapter: '", (directory / config_file_name).string(), "' is missing, and so is '",
-              (directory / name / config_file_name).string(), "'");
+  const auto below = directory / name / config_file_name;
+  TORCH_CHECK(!name.empty() && std::filesystem::is_regular_file(below, ignored), "load_adapter: '",
+              (directory / config_file_name).string(), "' is missing, and so is '", below.string(), "'");
+  return directory / name;
 }
 
 /// Adds the problems an error of `add_adapter` lists: one on its first line, the others below.

@@ -197,11 +197,13 @@ namespace internal {
 
 /// `"text"`, as JSON. Throws where the text is no UTF-8.
 inline std::string json_string(const std::string& text) {
+  std::string json;
   try {
-    return nlohmann::json(text).dump();
+    json = nlohmann::json(text).dump();
   } catch (const nlohmann::json::exception&) {
     TORCH_CHECK_VALUE(false, "save_safetensors: names and metadata must be UTF-8, but got '", text, "'");
   }
+  return json;
 }
 
 }  // namespace internal
