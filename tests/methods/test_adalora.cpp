@@ -3,25 +3,14 @@
 
 #include "peft/methods/adalora.h"
 #include "peft/train/checkpoint.h"
-#include "property_suite.h"
+#include "reference_case.h"
 
 using namespace suite;
 using peft::AdaLoraOptions;
 
 namespace {
 
-Tensor fill(const std::vector<int64_t>& shape, int64_t k) {
-  int64_t count = 1;
-  for (const auto size : shape) count *= size;
-  std::vector<double> values;
-  for (int64_t i = 0; i < count; ++i) values.push_back(static_cast<double>((i + k) * 37 % 101 - 50) / 100.0);
-  return torch::tensor(values, torch::kFloat64).view(shape);
-}
-
-void assign(const Tensor& tensor, int64_t k) {
-  torch::NoGradGuard no_grad;
-  Tensor(tensor).copy_(fill(tensor.sizes().vec(), k));
-}
+void assign(const Tensor& tensor, int64_t k) { suite::assign(tensor, fill(tensor.sizes().vec(), k)); }
 
 /// The net of the reference script.
 struct NetImpl : nn::Module {

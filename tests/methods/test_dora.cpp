@@ -1,6 +1,6 @@
 #include "peft/methods/dora.h"
 #include "peft/model/reparametrized.h"
-#include "property_suite.h"
+#include "reference_case.h"
 
 using namespace suite;
 using peft::DoraOptions;
@@ -8,12 +8,6 @@ using peft::LoraInit;
 using peft::LoraOptions;
 
 namespace {
-
-int64_t product(const std::vector<int64_t>& sizes) {
-  int64_t result = 1;
-  for (const auto size : sizes) result *= size;
-  return result;
-}
 
 Promise dora(const LoraOptions& options) {
   Promise promise{{peft::on(DoraOptions(options), peft::all())}, [options](const peft::SiteInfo& site) {
@@ -25,23 +19,9 @@ Promise dora(const LoraOptions& options) {
   return promise;
 }
 
-/// Element i is ((((i + k) · 37) mod 101) − 50) / 100: the tensors of the reference values below.
-Tensor fill(std::vector<int64_t> shape, int64_t k) {
-  std::vector<double> values(static_cast<size_t>(product(shape)));
-  for (size_t i = 0; i < values.size(); ++i) {
-    values[i] = static_cast<double>(((static_cast<int64_t>(i) + k) * 37) % 101 - 50) / 100.0;
-  }
-  return torch::tensor(values, torch::kFloat64).view(shape);
-}
-
 void check_values(const Tensor& tensor, const std::vector<double>& expected, double tolerance = 2e-10) {
   const auto wanted = torch::tensor(expected, torch::kFloat64);
   CHECK(largest(tensor.detach().to(torch::kFloat64).contiguous().view(-1), wanted) < tolerance);
-}
-
-void assign(const Tensor& tensor, const Tensor& value) {
-  torch::NoGradGuard no_grad;
-  Tensor(tensor).copy_(value.view(tensor.sizes()));
 }
 
 template <class Site>

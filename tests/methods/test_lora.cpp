@@ -1,18 +1,12 @@
 #include <cmath>
 
-#include "property_suite.h"
+#include "methods/reference_values.h"
 
 using namespace suite;
 using peft::LoraInit;
 using peft::LoraOptions;
 
 namespace {
-
-int64_t product(const std::vector<int64_t>& sizes) {
-  int64_t result = 1;
-  for (const auto size : sizes) result *= size;
-  return result;
-}
 
 Promise lora(const LoraOptions& options) {
   return {{peft::on(options, peft::all())},
@@ -22,29 +16,6 @@ Promise lora(const LoraOptions& options) {
             return count + (options.lora_bias() ? site.fan_out : 0);
           },
           options.init() != LoraInit::random};
-}
-
-/// Element i is ((((i + k) · 37) mod 101) − 50) / 100: the tensors of the reference values below.
-Tensor fill(std::vector<int64_t> shape, int64_t k) {
-  std::vector<double> values(static_cast<size_t>(product(shape)));
-  for (size_t i = 0; i < values.size(); ++i) {
-    values[i] = static_cast<double>(((static_cast<int64_t>(i) + k) * 37) % 101 - 50) / 100.0;
-  }
-  return torch::tensor(values, torch::kFloat64).view(shape);
-}
-
-void check_values(const Tensor& tensor, const std::vector<double>& expected, double tolerance = 1e-9) {
-  const auto flat = tensor.detach().to(torch::kFloat64).contiguous().view(-1);
-  REQUIRE(flat.numel() == static_cast<int64_t>(expected.size()));
-  for (size_t i = 0; i < expected.size(); ++i) {
-    INFO("element " << i);
-    CHECK_THAT(flat[static_cast<int64_t>(i)].item<double>(), WithinAbs(expected[i], tolerance));
-  }
-}
-
-void assign(const Tensor& tensor, const Tensor& value) {
-  torch::NoGradGuard no_grad;
-  Tensor(tensor).copy_(value.view(tensor.sizes()));
 }
 
 template <class Site>
