@@ -13,6 +13,7 @@
 #include "catch.h"
 #include "peft/core/adapted.h"
 #include "peft/core/adapter.h"
+#include "peft/core/residual.h"
 #include "peft/methods/lora.h"
 #include "peft/methods/replace.h"
 #include "peft/model/active.h"
@@ -45,8 +46,8 @@ LayerCase layer(std::string name, Tensor input, Arguments... arguments) {
             return std::static_pointer_cast<nn::Module>(site.ptr());
           },
           [](nn::Module& module, const Tensor& x) -> Tensor {
-            if constexpr (std::is_same_v<Site, peft::Residual>) {
-              return module.as<peft::ResidualImpl>()->forward(x, torch::tanh(x));
+            if constexpr (requires { module.as<typename Site::Impl>()->forward(x, x); }) {
+              return module.as<typename Site::Impl>()->forward(x, torch::tanh(x));
             } else {
               return module.as<typename Site::Impl>()->forward(x);
             }

@@ -21,7 +21,7 @@
 #include "peft/models/bert.h"
 #include "task.h"
 #include "text/dataset.h"
-#include "text/wordpiece.h"
+#include "text/tokenizer.h"
 
 namespace finetune {
 
@@ -376,7 +376,7 @@ class FileBatches final : public Batches {
 
 /// The tokenizer of a model's folder.
 /// Throws: std::runtime_error naming the file.
-inline text::WordPiece read_tokenizer(const fs::path& model) {
+inline text::Tokenizer read_tokenizer(const fs::path& model) {
   const auto path = model / "tokenizer.json";
   std::error_code ignored;
   if (!fs::is_directory(model, ignored)) {
@@ -386,12 +386,12 @@ inline text::WordPiece read_tokenizer(const fs::path& model) {
     throw std::runtime_error(fmt::format(
         "'{}' is missing: texts need a tokenizer (hint: --inputs takes ready ids)", path.string()));
   }
-  return text::WordPiece::from_file(path);
+  return text::Tokenizer::from_file(path);
 }
 
 /// The same, of a model with these settings.
 /// Throws: std::runtime_error naming the file where the model has no vectors for its tokens.
-inline text::WordPiece read_tokenizer(const fs::path& model, const peft::models::BertConfig& config) {
+inline text::Tokenizer read_tokenizer(const fs::path& model, const peft::models::BertConfig& config) {
   auto tokenizer = read_tokenizer(model);
   if (tokenizer.vocabulary_size() > config.vocab_size()) {
     throw std::runtime_error(
@@ -402,7 +402,7 @@ inline text::WordPiece read_tokenizer(const fs::path& model, const peft::models:
 }
 
 /// The texts of a data set as ids.
-inline std::vector<Example> encode(const text::WordPiece& tokenizer, const text::Dataset& data,
+inline std::vector<Example> encode(const text::Tokenizer& tokenizer, const text::Dataset& data,
                                    int64_t max_length) {
   std::vector<Example> examples;
   examples.reserve(data.rows.size());
@@ -415,7 +415,7 @@ inline std::vector<Example> encode(const text::WordPiece& tokenizer, const text:
 }
 
 /// A labelled data set, ready for a model.
-inline TextBatches text_batches(const text::WordPiece& tokenizer, const text::Dataset& data,
+inline TextBatches text_batches(const text::Tokenizer& tokenizer, const text::Dataset& data,
                                 const text::Labels& labels, int64_t max_length,
                                 TextBatches::Options options) {
   auto examples = encode(tokenizer, data, max_length);

@@ -29,9 +29,10 @@ struct Method {
   std::string name;
   std::optional<double> rate;  ///< `lr=`
   std::vector<peft::Part> parts;
-  std::string init;                 ///< `init=` of LoRA
-  int64_t init_batches = 32;        ///< that a start from the data reads
-  std::optional<double> lora_plus;  ///< the rate of B over that of A
+  std::string init;                          ///< `init=` of LoRA
+  int64_t init_batches = 32;                 ///< that a start from the data reads
+  std::optional<double> lora_plus;           ///< the rate of B over that of A
+  std::map<std::string, std::string> given;  ///< keys and values
   /// Nothing but the head trains.
   bool head_only() const { return parts.empty(); }
 };
@@ -89,6 +90,7 @@ inline Method parse_method(const std::string& text, const std::vector<std::strin
   Method method;
   method.text = text;
   method.name = name;
+  method.given = given;
   if (values.has("lr")) {
     method.rate = values.number("lr", 0);
     if (!(*method.rate >= 0 && std::isfinite(*method.rate))) {

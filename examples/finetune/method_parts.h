@@ -13,6 +13,8 @@
 #include "peft/methods/adalora.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/boft.h"
+#include "peft/methods/bottleneck.h"
+#include "peft/methods/compacter.h"
 #include "peft/methods/dora.h"
 #include "peft/methods/ia3.h"
 #include "peft/methods/increlora.h"
@@ -21,10 +23,14 @@
 #include "peft/methods/lokr.h"
 #include "peft/methods/lora.h"
 #include "peft/methods/oft.h"
+#include "peft/methods/p_tuning.h"
+#include "peft/methods/prefix.h"
+#include "peft/methods/prompt.h"
 #include "peft/methods/replace.h"
 #include "peft/methods/trainable_tokens.h"
 #include "peft/methods/vera.h"
 #include "peft/model/add_adapter.h"
+#include "peft/model/unified.h"
 
 namespace finetune {
 
@@ -122,22 +128,6 @@ inline std::vector<peft::Part> ia3_parts(const MethodValues& values, const Place
 
 inline std::vector<peft::Part> layer_norm_parts(const MethodValues& values, const Place& place) {
   return {peft::on(peft::LayerNormTuningOptions(), adapted(values, place))};
-}
-
-inline std::vector<peft::Part> bitfit_parts(const MethodValues& values, const Place& place) {
-  auto names = values.list("biases");
-  if (names.empty()) names = place.targets;
-  const auto kinds = values.list("kinds");
-  auto target = peft::all();
-  if (!names.empty()) {
-    if (!kinds.empty()) throw std::runtime_error("--method bitfit: expected biases or kinds, but got both");
-    target = target_of(names, place);
-  } else if (!kinds.empty()) {
-    target = peft::where([kinds](const peft::SiteInfo& site) {
-      return std::find(kinds.begin(), kinds.end(), site.layer) != kinds.end();
-    });
-  }
-  return {peft::on(peft::BiasOptions(), target.exclude(place.saved))};
 }
 
 inline std::vector<peft::Part> full_parts(const MethodValues&, const Place& place) {
@@ -244,6 +234,99 @@ inline std::vector<peft::Part> boft_parts(const MethodValues& values, const Plac
       .butterfly_factors(values.integer("butterfly_factors", options.butterfly_factors()))
       .dropout(values.number("dropout", 0.0));
   return {peft::on(options, adapted(values, place))};
+}
+
+/// A named configuration of bottlenecks, with the keys' changes.
+inline std::vector<peft::Part> bottleneck_parts(peft::BottleneckOptions options, const MethodValues& values) {
+  using peft::JoinRole;
+  using peft::TrainedScaling;
+  options.reduction_factor(values.number("reduction_factor", options.reduction_factor()))
+      .size(values.integer("size", options.size()))
+      .scaling(values.number("scaling", options.scaling()))
+      .gating(values.boolean("gating", options.gating()))
+      .ln_before(values.boolean("ln_before", options.ln_before()))
+      .ln_after(values.boolean("ln_after", options.ln_after()))
+      .dropout(values.number("dropout", options.dropout()))
+      .hidden_dropout(values.number("hidden_dropout", options.hidden_dropout()))
+      .stochastic_depth(values.number("stochastic_depth", options.stochastic_depth()))
+      .leave_out(values.integers("leave_out"));
+  if (values.has("non_linearity")) options.non_linearity(values.text("non_linearity"));
+  if (values.has("places")) {
+    options.places(
+        values.choice<std::vector<JoinRole>>("places",
+                                             {{"attention", {JoinRole::attention}},
+                                              {"feed_forward", {JoinRole::feed_forward}},
+                                              {"both", {JoinRole::attention, JoinRole::feed_forward}}},
+                                             {}));
+  }
+  if (auto phm = options.phm()) {
+    phm->dim(values.integer("phm_dim", phm->dim())).rank(values.integer("phm_rank", phm->rank()));
+    options.phm(phm);
+  }
+  return {peft::on(options)};
+}
+
+inline std::vector<peft::Part> prompt_tuning_parts(const MethodValues& values, const Place&) {
+  using peft::PromptInit;
+  peft::PromptOptions options(values.integer("virtual_tokens", 20));
+  const auto absent = values.has("tokens") ? PromptInit::tokens : PromptInit::normal;
+  options
+      .init(values.choice<PromptInit>("init",
+                                      {{"normal", PromptInit::normal},
+                                       {"uniform", PromptInit::uniform},
+                                       {"vocabulary", PromptInit::vocabulary},
+                                       {"tokens", PromptInit::tokens}},
+                                      absent))
+      .scale(values.number("scale", options.scale()))
+      .sample_from(values.integer("sample_from", options.sample_from()))
+      .tokens(values.integers("tokens"));
+  return {peft::on(options, peft::all())};
+}
+
+inline std::vector<peft::Part> prefix_of(peft::PrefixOptions options, const MethodValues& values) {
+  using peft::PrefixInit;
+  options.length(values.integer("length", options.length()))
+      .projection(values.boolean("projection", options.projection()))
+      .hidden_width(values.integer("hidden_width", options.hidden_width()))
+      .vector_width(values.integer("vector_width", options.vector_width()))
+      .init(values.choice<PrefixInit>(
+          "init", {{"normal", PrefixInit::normal}, {"small", PrefixInit::small}, {"zero", PrefixInit::zero}},
+          options.init()))
+      .dropout(values.number("dropout", options.dropout()))
+      .gates(values.integer("gates", options.gates()))
+      .shift_positions(values.boolean("shift_positions", options.shift_positions()))
+      .leave_out(values.integers("leave_out"));
+  if (values.has("activation")) options.activation(values.text("activation"));
+  return {peft::on(options)};
+}
+
+inline std::vector<peft::Part> prefix_parts(const MethodValues& values, const Place&) {
+  return prefix_of(peft::PrefixOptions(20), values);
+}
+
+inline std::vector<peft::Part> p_tuning_v2_parts(const MethodValues& values, const Place&) {
+  return prefix_of(peft::PrefixOptions::p_tuning_v2(20), values);
+}
+
+inline std::vector<peft::Part> mam_parts(const MethodValues& values, const Place&) {
+  return peft::mam(values.integer("length", 30), values.integer("size", 0));
+}
+
+inline std::vector<peft::Part> unipelt_parts(const MethodValues& values, const Place& place) {
+  return peft::unipelt(values.integer("length", 10), values.integer("rank", 8), adapted(values, place));
+}
+
+inline std::vector<peft::Part> p_tuning_parts(const MethodValues& values, const Place&) {
+  using peft::PromptEncoderKind;
+  peft::PTuningOptions options(values.integer("virtual_tokens", 20));
+  options
+      .encoder(values.choice<PromptEncoderKind>(
+          "encoder", {{"mlp", PromptEncoderKind::mlp}, {"lstm", PromptEncoderKind::lstm}},
+          PromptEncoderKind::mlp))
+      .hidden_size(values.integer("hidden_size", options.hidden_size()))
+      .layers(values.integer("lstm_layers", options.layers()))
+      .dropout(values.number("dropout", 0.0));
+  return {peft::on(options, peft::all())};
 }
 
 inline std::vector<peft::Part> trainable_tokens_parts(const MethodValues& values, const Place& place) {

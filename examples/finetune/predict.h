@@ -102,8 +102,10 @@ inline void predict_inputs(const UseOptions& options, Task& task) {
       add("last_hidden_state", output.last_hidden_state);
       if (output.pooler_output.defined()) add("pooler_output", output.pooler_output);
     }
-    if (options.embed)
-      add("embedding", peft::models::embed(output.last_hidden_state, batch.inputs.attention_mask));
+    if (options.embed) {
+      const auto hidden = peft::models::real_tokens(output.last_hidden_state, output.virtual_tokens);
+      add("embedding", peft::models::embed(hidden, batch.inputs.attention_mask));
+    }
   }
   peft::save_safetensors(options.out, tensors);
   fmt::print(stderr, "{} batches: '{}'\n", batches.count(), options.out.string());
@@ -215,8 +217,13 @@ inline void merge(const UseOptions& options) {
 
 /// What is adapted, what it counts and weighs.
 inline void info(const UseOptions& options) {
-  // As when it is trained on: what an adapter trains is what one wants to know of it.
-  const auto task = internal::open(options, /*trainable=*/true);
+  const auto task = [&] {
+    try {  // As when it is trained on: what an adapter trains is what one wants to know of it.
+      return internal::open(options, /*trainable=*/true);
+    } catch (const c10::Error&) {  // One that cannot train on; what else is wrong is said again.
+      return internal::open(options);
+    }
+  }();
   fmt::print("{}", peft::summary(*task.model()).text);
   if (task.has_pooled_head()) {
     fmt::print("head on mean-pooled states: {} weights\n",
@@ -236,7 +243,7 @@ inline void tokenize(const UseOptions& options) {
   const auto tokenizer = read_tokenizer(options.model);
   const auto data = internal::texts_of(options);
   for (const auto& example :
-       encode(tokenizer, data, options.max_length.value_or(text::WordPiece::no_limit))) {
+       encode(tokenizer, data, options.max_length.value_or(text::Tokenizer::no_limit))) {
     fmt::print("{}\n", fmt::join(example.encoding.ids, " "));
   }
 }

@@ -182,9 +182,17 @@ class RunFolder {
 
   /// Whether everything in a folder is what a run leaves.
   static bool is_ours(const fs::path& path) {
-    static const std::vector<std::string> names{
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "best", "checkpoint", rank_picture,
-        Task::head_file,       Settings::file_name};
+    static const std::vector<std::string> names{"adapter_config.json",
+                                                "adapter_model.safetensors",
+                                                "adapter.safetensors",
+                                                peft::internal::hub_head_config,
+                                                peft::internal::hub_head_tensors,
+                                                "README.md",
+                                                "best",
+                                                "checkpoint",
+                                                rank_picture,
+                                                Task::head_file,
+                                                Settings::file_name};
     std::error_code error;
     for (fs::directory_iterator entry(path, error), end; !error && entry != end; entry.increment(error)) {
       const auto name = entry->path().filename().string();

@@ -16,7 +16,10 @@
 
 #include "method.h"
 #include "peft/core/adapter.h"
+#include "peft/io/adapterhub.h"
+#include "peft/io/adapterhub_formats.h"
 #include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 #include "peft/io/safetensors.h"
 #include "peft/model/add_adapter.h"
 #include "peft/models/bert.h"
@@ -96,19 +99,21 @@ class PooledHead : public torch::nn::Module {
 
 /// The rows of the head that an adapter's file holds: the number of its labels, if it has one.
 inline std::optional<int64_t> labels_in_adapter(const fs::path& folder) {
-  const auto path = folder / "adapter_model.safetensors";
-  std::error_code ignored;
-  if (!fs::is_regular_file(path, ignored)) return std::nullopt;
-  const peft::SafetensorsFile file(path);
-  for (const auto& name : file.names()) {
-    if (name.ends_with(".classifier.weight") || name == "classifier.weight")
-      return file.entry(name).shape.front();
+  for (const auto* tensors : {"adapter_model.safetensors", peft::internal::hub_head_tensors}) {
+    std::error_code ignored;
+    if (!fs::is_regular_file(folder / tensors, ignored)) continue;
+    const peft::SafetensorsFile file(folder / tensors);
+    for (const auto& name : file.names()) {
+      if (name.ends_with(".classifier.weight") || name == "classifier.weight")
+        return file.entry(name).shape.front();
+    }
   }
   return std::nullopt;
 }
 
 /// Whether an adapter's tensors lie in a model with a task head, so that the encoder's bear its prefix.
 inline bool is_for_classifier(const fs::path& folder) {
+  if (peft::is_adapterhub(folder)) return labels_in_adapter(folder).has_value();
   const auto path = folder / "adapter_model.safetensors";
   std::error_code ignored;
   if (fs::is_regular_file(path, ignored)) {
@@ -260,7 +265,9 @@ class Task {
   /// What the head sees of an encoder's output. Shapes: (batch, width).
   Tensor features(const peft::models::BertOutput& output, const peft::models::BertInputs& inputs) const {
     return classifier_ ? output.pooler_output
-                       : peft::models::mean_pool(output.last_hidden_state, inputs.attention_mask);
+                       : peft::models::mean_pool(
+                             peft::models::real_tokens(output.last_hidden_state, output.virtual_tokens),
+                             inputs.attention_mask);
   }
   /// Shapes: features (batch, width); (batch, labels).
   Tensor logits(const Tensor& features) {
@@ -280,7 +287,11 @@ class Task {
   /// could not say.
   std::vector<std::string> save(const fs::path& folder, const nlohmann::ordered_json& settings) const {
     std::vector<std::string> notes;
-    if (adapter_) notes = peft::save_adapter(*adapter_, folder);
+    if (adapter_ && in_adapterhub_form(*adapter_)) {
+      notes = peft::save_adapterhub(*model(), adapter_name, folder);
+    } else if (adapter_) {
+      notes = peft::save_adapter(*adapter_, folder);
+    }
     save_head(folder);
     peft::write_file(folder / Settings::file_name, settings.dump(2) + "\n");
     return notes;
@@ -329,8 +340,16 @@ class Task {
     const bool only_head = pooled_ && fs::exists(folder / head_file, ignored) &&
                            !fs::exists(folder / "adapter_config.json", ignored);
     if (only_head) return;
-    adapter_ = peft::load_adapter(*model(), folder, adapter_name, trainable,
-                                  [this](const std::string& line) { notes_.push_back(line); });
+    const auto note = [this](const std::string& line) { notes_.push_back(line); };
+    adapter_ = peft::is_adapterhub(folder)
+                   ? peft::load_adapterhub(*model(), folder, adapter_name, trainable, note)
+                   : peft::load_adapter(*model(), folder, adapter_name, trainable, note);
+  }
+  /// Methods that Hugging Face PEFT does not have are written as AdapterHub does.
+  static bool in_adapterhub_form(const peft::Adapter& adapter) {
+    return std::any_of(adapter.entries().begin(), adapter.entries().end(), [](const auto& entry) {
+      return !peft::internal::format_of(*entry.piece) && peft::internal::hub_format_of(*entry.piece);
+    });
   }
   void make_head() { head_ = std::make_shared<internal::PooledHead>(config().hidden_size(), label_count_); }
   void read_head(const fs::path& folder) {

@@ -31,6 +31,7 @@
 #include "result_row.h"
 #include "run_data.h"
 #include "run_folder.h"
+#include "selective_start.h"
 #include "task.h"
 
 namespace finetune {
@@ -255,6 +256,10 @@ class Run {
       if (starts_from_data(*method_)) {
         say("the start of the adapter is computed from the data");
         start_from_data(*method_, *task_, *data_.train);
+      }
+      if (chooses_entries(*method_)) {
+        say("what the adapter trains is chosen");
+        choose_entries(*method_, *task_, *data_.train);
       }
     } else {
       task_->attach(options_.init_adapter);

@@ -31,6 +31,8 @@ struct AddedToken {
   bool rstrip = false;
   /// Its normalized form is looked for in the normalized text, not its content in the text as given.
   bool normalized = false;
+  /// Left out where ids become text again.
+  bool special = false;
 };
 
 namespace internal {

@@ -1,11 +1,14 @@
-// TokenizerJson: a WordPiece tokenizer as Hugging Face's tokenizer.json describes it, read strictly.
+// TokenizerJson: a WordPiece or byte-level BPE tokenizer as Hugging Face's tokenizer.json describes it, read
+// strictly.
 #pragma once
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -13,46 +16,57 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "added_tokens.h"
 #include "bert_text.h"
+#include "byte_level.h"
 #include "strict_json.h"
+#include "template_json.h"
 
 namespace text {
 
-/// One piece of a post-processing template: the first or the second text, or fixed ids.
-struct TemplatePiece {
-  /// What stands here.
-  enum class Kind { kFirst, kSecond, kFixed };
-  Kind kind = Kind::kFixed;
-  /// The ids of a fixed piece.
-  std::vector<std::int64_t> ids;
-  /// The type id of every position of the piece.
-  std::int64_t type_id = 0;
+/// Ids by token.
+using Vocabulary = std::unordered_map<std::string, std::int64_t>;
+
+/// What a file with WordPiece says of its model.
+struct WordPieceSettings {
+  BertNormalizer normalizer;
+  std::string unk_token;
+  std::string continuing_subword_prefix;
+  std::int64_t max_input_chars_per_word = 0;
+};
+
+/// What a file with byte-level BPE says of its model.
+struct BpeSettings {
+  /// Puts a blank before each text, and behind each added token, where there is none.
+  bool add_prefix_space = false;
+  /// Cuts into GPT-2's words; else a text is one word.
+  bool use_regex = true;
+  /// A word that is a token is not built by merges.
+  bool ignore_merges = false;
+  /// Pairs of tokens that join, the first ones first.
+  std::vector<std::pair<std::string, std::string>> merges;
 };
 
 /// What a tokenizer.json says. Its truncation and padding are the caller's business and not kept, but for
 /// the id of the padding token.
 struct TokenizerJson {
-  BertNormalizer normalizer;
+  std::variant<WordPieceSettings, BpeSettings> model;
+  std::shared_ptr<const Vocabulary> vocabulary;
   /// In the file's order.
   std::vector<AddedToken> added_tokens;
-  std::string unk_token;
-  std::string continuing_subword_prefix;
-  std::int64_t max_input_chars_per_word = 0;
-  std::unordered_map<std::string, std::int64_t> vocabulary;
-  /// The template of one text, and of two.
-  std::vector<TemplatePiece> single, pair;
+  Templates templates;
   std::optional<std::int64_t> pad_id;
 };
 
 namespace internal {
 
 /// Reads one file; see `read_tokenizer_json`.
-class TokenizerJsonReader : private StrictJson {
+class TokenizerJsonReader : private TemplateJsonReader {
  public:
-  explicit TokenizerJsonReader(std::filesystem::path path) : StrictJson(std::move(path)) {}
+  explicit TokenizerJsonReader(std::filesystem::path path) : TemplateJsonReader(std::move(path)) {}
 
   TokenizerJson read() {
     const Json root = parse();
@@ -61,48 +75,35 @@ class TokenizerJsonReader : private StrictJson {
       if (root.contains("version") && root["version"] != "1.0") {
         problem("version", fmt::format("must be \"1.0\", but got {}", shown(root["version"])));
       }
-      read_normalizer(root, result.normalizer);
-      if (const Json* pre_tokenizer = object(root, "pre_tokenizer")) {
-        kind(*pre_tokenizer, "pre_tokenizer", {"BertPreTokenizer"});
+      Vocabulary vocabulary;
+      if (const Json* model = object(root, "model")) {
+        // The oldest files do not name the model's type.
+        const std::string type = model->contains("type")     ? kind(*model, "model", {"WordPiece", "BPE"})
+                                 : model->contains("merges") ? "BPE"
+                                                             : "WordPiece";
+        if (!type.empty()) vocabulary = read_vocabulary(*model);
+        if (type == "WordPiece") result.model = read_wordpiece(root, *model, vocabulary);
+        if (type == "BPE") result.model = read_bpe(root, *model, vocabulary);
       }
-      read_model(root, result);
-      read_added_tokens(root, result);
-      read_post_processor(root, result);
-      if (root.contains("padding") && root["padding"].is_object()) {
-        result.pad_id = integer(root["padding"], "padding", "pad_id");
-      } else if (const auto pad = result.vocabulary.find("[PAD]"); pad != result.vocabulary.end()) {
-        result.pad_id = pad->second;
-      }
+      result.added_tokens = read_added_tokens(root, vocabulary);
+      result.templates = read_templates(root);
+      result.pad_id = read_pad_id(root, vocabulary, result.added_tokens);
+      result.vocabulary = std::make_shared<const Vocabulary>(std::move(vocabulary));
     }
     finish();
     return result;
   }
 
  private:
-  void read_normalizer(const Json& root, BertNormalizer& normalizer) {
-    const std::string key = "normalizer";
-    const Json* part = object(root, key);
-    if (part == nullptr || kind(*part, key, {"BertNormalizer"}).empty()) return;
-    normalizer.clean_text = boolean(*part, key, "clean_text");
-    normalizer.handle_chinese_chars = boolean(*part, key, "handle_chinese_chars");
-    normalizer.lowercase = boolean(*part, key, "lowercase");
-    if (part->contains("strip_accents") && !(*part)["strip_accents"].is_null()) {
-      normalizer.strip_accents = boolean(*part, key, "strip_accents");
+  Vocabulary read_vocabulary(const Json& model) {
+    Vocabulary result;
+    if (!model.contains("vocab")) {
+      problem("model.vocab", "is missing");
+      return result;
     }
-  }
-
-  void read_model(const Json& root, TokenizerJson& result) {
-    const std::string key = "model";
-    const Json* model = object(root, key);
-    // The oldest files do not name the model's type.
-    if (model == nullptr || (model->contains("type") && kind(*model, key, {"WordPiece"}).empty())) return;
-    result.unk_token = string(*model, key, "unk_token");
-    result.continuing_subword_prefix = string(*model, key, "continuing_subword_prefix");
-    result.max_input_chars_per_word = integer(*model, key, "max_input_chars_per_word");
-    if (!model->contains("vocab")) return problem("model.vocab", "is missing");
-    const Json& vocabulary = (*model)["vocab"];
-    if (!expect_object(vocabulary, "model.vocab")) return;
-    if (vocabulary.empty()) return problem("model.vocab", "must hold tokens, but is empty");
+    const Json& vocabulary = model["vocab"];
+    if (!expect_object(vocabulary, "model.vocab")) return result;
+    if (vocabulary.empty()) problem("model.vocab", "must hold tokens, but is empty");
     std::unordered_map<std::int64_t, std::string> by_id;
     for (const auto& [token, id] : vocabulary.items()) {
       if (!is_id(id)) {
@@ -116,23 +117,127 @@ class TokenizerJsonReader : private StrictJson {
                 fmt::format("must have an id of its own, but got {}, which '{}' has too", id.dump(),
                             other->second));
       }
-      result.vocabulary.emplace(token, id.get<std::int64_t>());
+      result.emplace(token, id.get<std::int64_t>());
     }
-    if (model->contains("unk_token") && result.vocabulary.count(result.unk_token) == 0) {
+    return result;
+  }
+
+  WordPieceSettings read_wordpiece(const Json& root, const Json& model, const Vocabulary& vocabulary) {
+    WordPieceSettings result;
+    read_normalizer(root, result.normalizer);
+    if (const Json* pre_tokenizer = object(root, "pre_tokenizer")) {
+      kind(*pre_tokenizer, "pre_tokenizer", {"BertPreTokenizer"});
+    }
+    const std::string key = "model";
+    result.unk_token = string(model, key, "unk_token");
+    result.continuing_subword_prefix = string(model, key, "continuing_subword_prefix");
+    result.max_input_chars_per_word = integer(model, key, "max_input_chars_per_word");
+    if (model.contains("unk_token") && vocabulary.count(result.unk_token) == 0) {
       problem(
           "model.unk_token",
           fmt::format("must be a token of model.vocab, but got '{}', which is not in it", result.unk_token));
     }
+    return result;
   }
 
-  void read_added_tokens(const Json& root, TokenizerJson& result) {
-    if (!root.contains("added_tokens")) return;
+  void read_normalizer(const Json& root, BertNormalizer& normalizer) {
+    const std::string key = "normalizer";
+    const Json* part = object(root, key);
+    if (part == nullptr || kind(*part, key, {"BertNormalizer"}).empty()) return;
+    normalizer.clean_text = boolean(*part, key, "clean_text");
+    normalizer.handle_chinese_chars = boolean(*part, key, "handle_chinese_chars");
+    normalizer.lowercase = boolean(*part, key, "lowercase");
+    if (part->contains("strip_accents") && !(*part)["strip_accents"].is_null()) {
+      normalizer.strip_accents = boolean(*part, key, "strip_accents");
+    }
+  }
+
+  BpeSettings read_bpe(const Json& root, const Json& model, const Vocabulary& vocabulary) {
+    BpeSettings result;
+    if (root.contains("normalizer") && !root["normalizer"].is_null()) {
+      problem("normalizer", fmt::format("must be null with BPE, but got {}", shown(root["normalizer"])));
+    }
+    const std::string place = "pre_tokenizer";
+    if (const Json* part = object(root, place); part && !kind(*part, place, {"ByteLevel"}).empty()) {
+      result.add_prefix_space = boolean(*part, place, "add_prefix_space");
+      if (part->contains("use_regex")) result.use_regex = boolean(*part, place, "use_regex");
+    }
+    if (const Json* part = object(root, "decoder")) kind(*part, "decoder", {"ByteLevel"});
+
+    const auto absent = [&](const char* key, const Json& allowed) {
+      if (model.contains(key) && !model[key].is_null() && model[key] != allowed) {
+        problem(join("model", key), fmt::format("must be null or {} with byte-level BPE, but got {}",
+                                                allowed.dump(), shown(model[key])));
+      }
+    };
+    absent("dropout", 0.0);
+    absent("continuing_subword_prefix", "");
+    absent("end_of_word_suffix", "");
+    if (model.contains("ignore_merges")) result.ignore_merges = boolean(model, "model", "ignore_merges");
+
+    // With all of them there is no unknown character, so `unk_token` and its options do not count.
+    std::vector<std::string> bytes;
+    for (const char32_t character : byte_alphabet()) {
+      std::string token = encode_utf8({&character, 1});
+      if (vocabulary.count(token) == 0) bytes.push_back(std::move(token));
+    }
+    if (!bytes.empty()) {
+      problem("model.vocab",
+              fmt::format("must hold a token for every byte, but lacks {} of 256, such as '{}' (hint: train "
+                          "with ByteLevel's alphabet as the initial one)",
+                          bytes.size(), bytes.front()));
+    }
+    read_merges(model, vocabulary, result);
+    return result;
+  }
+
+  /// Both forms: "a b", and [a, b], which may hold blanks.
+  void read_merges(const Json& model, const Vocabulary& vocabulary, BpeSettings& result) {
+    if (!model.contains("merges") || !model["merges"].is_array()) {
+      return problem("model.merges", model.contains("merges")
+                                         ? "must be a list, but got " + shown(model["merges"])
+                                         : "is missing");
+    }
+    const Json& merges = model["merges"];
+    for (std::size_t i = 0; i < merges.size(); ++i) {
+      const std::string key = fmt::format("model.merges[{}]", i);
+      std::string left, right;
+      if (const Json& merge = merges[i]; merge.is_string()) {
+        const auto line = merge.get<std::string>();
+        if (line.starts_with("#version")) continue;
+        const auto blank = line.find(' ');
+        if (blank != std::string::npos && line.find(' ', blank + 1) == std::string::npos) {
+          left = line.substr(0, blank);
+          right = line.substr(blank + 1);
+        }
+      } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
+        left = merge[0].get<std::string>();
+        right = merge[1].get<std::string>();
+      }
+      if (left.empty() || right.empty()) {
+        problem(key,
+                fmt::format("must be two tokens, \"a b\" or [\"a\", \"b\"], but got {}", shown(merges[i])));
+        continue;
+      }
+      for (const std::string& token : {left, right, left + right}) {
+        if (vocabulary.count(token) == 0) {
+          problem(key, fmt::format("must join tokens of model.vocab to one, but '{}' is not in it", token));
+        }
+      }
+      result.merges.emplace_back(std::move(left), std::move(right));
+    }
+  }
+
+  std::vector<AddedToken> read_added_tokens(const Json& root, const Vocabulary& vocabulary) {
+    std::vector<AddedToken> result;
+    if (!root.contains("added_tokens")) return result;
     const Json& tokens = root["added_tokens"];
     if (!tokens.is_array()) {
-      return problem("added_tokens", fmt::format("must be a list, but got {}", shown(tokens)));
+      problem("added_tokens", fmt::format("must be a list, but got {}", shown(tokens)));
+      return result;
     }
     // A token the vocabulary lacks gets the next free id, whatever the file says: the two must agree.
-    auto next_id = static_cast<std::int64_t>(result.vocabulary.size());
+    auto next_id = static_cast<std::int64_t>(vocabulary.size());
     std::set<std::string> contents;
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       const std::string key = fmt::format("added_tokens[{}]", i);
@@ -144,7 +249,7 @@ class TokenizerJsonReader : private StrictJson {
       token.lstrip = boolean(tokens[i], key, "lstrip");
       token.rstrip = boolean(tokens[i], key, "rstrip");
       token.normalized = boolean(tokens[i], key, "normalized");
-      boolean(tokens[i], key, "special");
+      token.special = boolean(tokens[i], key, "special");
       if (!tokens[i].contains("content") || !tokens[i].contains("id")) continue;
       if (token.content.empty()) problem(key + ".content", "must not be empty");
       if (!contents.insert(token.content).second) {
@@ -152,101 +257,36 @@ class TokenizerJsonReader : private StrictJson {
                 fmt::format("must be listed once, but '{}' is listed before", token.content));
         continue;
       }
-      const auto known = result.vocabulary.find(token.content);
-      const std::int64_t id = known != result.vocabulary.end() ? known->second : next_id++;
+      const auto known = vocabulary.find(token.content);
+      const std::int64_t id = known != vocabulary.end() ? known->second : next_id++;
       if (token.id != id) {
         problem(key + ".id", fmt::format("must be {} for '{}', but got {}", id, token.content, token.id));
       }
-      result.added_tokens.push_back(std::move(token));
+      result.push_back(std::move(token));
     }
+    return result;
   }
 
-  void read_post_processor(const Json& root, TokenizerJson& result) {
-    const std::string key = "post_processor";
-    const Json* part = object(root, key);
-    if (part == nullptr) return;
-    const std::string type = kind(*part, key, {"TemplateProcessing", "BertProcessing"});
-    using Kind = TemplatePiece::Kind;
-    if (type == "BertProcessing") {
-      const std::int64_t cls = token_pair(*part, "cls");
-      const std::int64_t sep = token_pair(*part, "sep");
-      result.single = {{Kind::kFixed, {cls}, 0}, {Kind::kFirst, {}, 0}, {Kind::kFixed, {sep}, 0}};
-      result.pair = result.single;
-      result.pair.push_back({Kind::kSecond, {}, 1});
-      result.pair.push_back({Kind::kFixed, {sep}, 1});
-    } else if (type == "TemplateProcessing") {
-      result.single = read_template(*part, "single", false);
-      result.pair = read_template(*part, "pair", true);
+  std::optional<std::int64_t> read_pad_id(const Json& root, const Vocabulary& vocabulary,
+                                          const std::vector<AddedToken>& added_tokens) {
+    if (root.contains("padding") && root["padding"].is_object()) {
+      return integer(root["padding"], "padding", "pad_id");
     }
-  }
-
-  /// BertProcessing's `["[SEP]", 102]`.
-  std::int64_t token_pair(const Json& part, const std::string& name) {
-    const std::string key = "post_processor." + name;
-    if (!part.contains(name)) {
-      problem(key, "is missing");
-    } else if (const Json& pair = part[name];
-               !pair.is_array() || pair.size() != 2 || !pair[0].is_string() || !is_id(pair[1])) {
-      problem(key, fmt::format("must be [token, id], but got {}", shown(pair)));
-    } else {
-      return pair[1].get<std::int64_t>();
-    }
-    return 0;
-  }
-
-  std::vector<TemplatePiece> read_template(const Json& part, const std::string& name, bool pair) {
-    const std::string key = "post_processor." + name;
-    std::vector<TemplatePiece> pieces;
-    if (!part.contains(name) || !part[name].is_array()) {
-      problem(key, part.contains(name) ? "must be a list, but got " + shown(part[name]) : "is missing");
-      return pieces;
-    }
-    for (std::size_t i = 0; i < part[name].size(); ++i) {
-      const std::string here = fmt::format("{}[{}]", key, i);
-      const Json& entry = part[name][i];
-      const std::string tag = entry.is_object() && entry.size() == 1 ? entry.begin().key() : "";
-      if ((tag != "Sequence" && tag != "SpecialToken") || !entry[tag].is_object()) {
-        problem(here, fmt::format("must be a Sequence or a SpecialToken, but got {}", shown(entry)));
-        continue;
+    for (const char* token : {"[PAD]", "<pad>"}) {
+      if (const auto found = vocabulary.find(token); found != vocabulary.end()) return found->second;
+      for (const AddedToken& added : added_tokens) {
+        if (added.content == token) return added.id;
       }
-      TemplatePiece piece;
-      piece.type_id = integer(entry[tag], here, "type_id");
-      const std::string id = string(entry[tag], here, "id");
-      if (tag == "SpecialToken") {
-        piece.ids = special_token(part, id);
-      } else if (id == "A" || (pair && id == "B")) {
-        piece.kind = id == "A" ? TemplatePiece::Kind::kFirst : TemplatePiece::Kind::kSecond;
-      } else {
-        problem(here + ".id", fmt::format("must be {}, but got '{}'", pair ? "A or B" : "A", id));
-      }
-      pieces.push_back(std::move(piece));
     }
-    return pieces;
-  }
-
-  std::vector<std::int64_t> special_token(const Json& part, const std::string& id) {
-    const std::string key = fmt::format("post_processor.special_tokens.{}", id);
-    const auto tokens = part.find("special_tokens");
-    if (tokens == part.end() || !tokens->is_object() || !tokens->contains(id)) {
-      problem(key, "is missing, but a template uses it");
-      return {};
-    }
-    const Json& token = (*tokens)[id];
-    const bool good = token.is_object() && token.contains("ids") && token["ids"].is_array() &&
-                      std::all_of(token["ids"].begin(), token["ids"].end(), is_id);
-    if (!good) {
-      problem(key + ".ids", fmt::format("must be a list of ids, but got {}", shown(token)));
-      return {};
-    }
-    return token["ids"].get<std::vector<std::int64_t>>();
+    return std::nullopt;
   }
 };
 
 }  // namespace internal
 
-/// Reads a tokenizer.json with BertNormalizer, BertPreTokenizer, WordPiece and TemplateProcessing or
-/// BertProcessing.
-/// Throws: std::runtime_error naming the file and every key that is missing, unsupported or wrong.
+/// Reads a tokenizer.json with either BertNormalizer, BertPreTokenizer and WordPiece, or ByteLevel and BPE,
+/// and one of TemplateProcessing, BertProcessing, RobertaProcessing, ByteLevel and no post-processor. Throws:
+/// std::runtime_error naming the file and every key that is missing, unsupported or wrong.
 inline TokenizerJson read_tokenizer_json(const std::filesystem::path& path) {
   return internal::TokenizerJsonReader(path).read();
 }

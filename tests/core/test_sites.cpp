@@ -525,7 +525,7 @@ TEST_CASE("The attention site is softmax(q k' / sqrt(width) + bias) v", "[attent
   auto scores = at::matmul(q, k_all.transpose(-2, -1)) / std::sqrt(static_cast<double>(width));
   if (bias.defined()) scores = scores + bias;
   if (causal) {
-    const auto future = torch::ones({queries, keys}).triu(1).to(torch::kBool);
+    const auto future = torch::ones({queries, keys}).triu(1 + keys - queries).to(torch::kBool);
     scores = scores.masked_fill(future, -std::numeric_limits<double>::infinity());
   }
   const auto expected =
@@ -549,8 +549,8 @@ TEST_CASE("The attention site drops probabilities in training only", "[attention
 }
 
 TEST_CASE("Input sites pass on what they get until a method changes it", "[input]") {
-  peft::InputEmbeddings words;
-  peft::EmbeddingOutput hidden;
+  peft::InputEmbeddings words(peft::InputOptions(4));
+  peft::EmbeddingOutput hidden(peft::InputOptions(4));
   const peft::Embedded embedded{
       torch::randn({2, 3, 4}), torch::ones({2, 3}), torch::arange(3).view({1, 3}), {}};
   for (const auto& result : {words->forward(embedded), hidden->forward(embedded)}) {

@@ -27,6 +27,7 @@ METHODS = [  # every way in which state is kept: with a controller's random draw
     ["--method", "dora:rank=4,init=pissa,lora_plus=4", "--targets", "query,value", "--pooling", "mean"],
     ["--method", "increlora:target_rank=4,init_warmup=4,incre_interval=3,top_h=3,reg_orth_coef=0.1", "--targets",
      "query,value,dense", "--pooling", "mean"],
+    ["--method", "p_tuning:virtual_tokens=4,encoder=lstm", "--pooling", "mean"],  # a network no adapter's file has
 ]
 STEPS = 40
 

@@ -204,6 +204,21 @@ def add_option_cases(cases):
                      method="increlora:rank=4,target_rank=2")
     cases.train_with("method: IncreLoRA on embeddings", "IncreLoRA", "linear", method="increlora:target_rank=2",
                      targets="word_embeddings", anywhere=["word_embeddings"])
+    for name, method, *culprits in [("mask of nothing", "fish:ratio=0", "ratio", "0"),
+                                    ("mask of more than all", "magnitude:ratio=1.5", "ratio", "1.5"),
+                                    ("mask of less than an entry", "fish:ratio=1e-9", "ratio", "1e-09"),
+                                    ("more random entries than there are", "rand_uniform:count=99999999", "count"),
+                                    ("no examples", "fish:examples=0", "examples", "0"),
+                                    ("more heads than there are", "hifi:heads=9,targets=[query]", "heads", "9"),
+                                    ("HiFi beside no attention", "hifi:heads=1,targets=[intermediate.dense]", "attention"),
+                                    ("HiFi's damping", "hifi:damping=1", "damping", "1"),
+                                    ("more layers than there are", "top_layers:k=9", "k", "9"),
+                                    ("no layers", "top_layers:k=0", "k", "0"),
+                                    ("BitFit's terms", "bitfit:terms=[qery]", "qery", "intermediate"),
+                                    ("BitFit's biases and terms", "bitfit:terms=[query],biases=[key]", "terms")]:
+        cases.train_with(f"method: {name}", *culprits, method=method, targets=None)
+    cases.train_with("method: FISH without gradients", "fish", "--pooling cls", method="fish", targets=None,
+                     extra=["--pooling", "mean"])
     cases.train_with("target: matches nothing", "qery", targets="qery", anywhere=["query"])
     cases.train_with("target: one of two matches nothing", "valeu", targets="query,valeu", anywhere=["value"])
     cases.train_with("target: not a layer to adapt", "dropout", targets="dropout")

@@ -209,10 +209,10 @@ TEST_CASE("A type nobody knows is refused with those there are", "[peft_formats]
   auto config = config_of(folder / "out");
   config["peft_type"] = "POETRY";
   write_bytes(folder / "out/adapter_config.json", config.dump());
-  CHECK_THAT(
-      refusal_of(folder / "out"),
-      Contains("'peft_type' must be one of ADALORA, BIAS, BOFT, IA3, LN_TUNING, LOHA, LOKR, LORA, OFT, "
-               "REPLACE, TRAINABLE_TOKENS, VERA, but got \"POETRY\""));
+  CHECK_THAT(refusal_of(folder / "out"),
+             Contains("'peft_type' must be one of ADALORA, BIAS, BOFT, IA3, LN_TUNING, LOHA, LOKR, LORA, "
+                      "MASKED, MULTITASK_PROMPT_TUNING, NEW_BIAS, OFT, PREFIX_TUNING, PROMPT_TUNING, "
+                      "P_TUNING, REPLACE, ROWS, TRAINABLE_TOKENS, VERA, but got \"POETRY\""));
 }
 
 TEST_CASE("One directory holds one method", "[peft_formats]") {

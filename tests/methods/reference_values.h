@@ -42,4 +42,16 @@ inline nlohmann::json through_files(const peft::Adapter& adapter, nn::Module& ot
   return nlohmann::json::parse(std::ifstream(folder / "adapter" / "adapter_config.json"));
 }
 
+/// Reading an adapter whose config was changed on disk.
+inline void load_changed(const peft::Adapter& adapter, nn::Module& other,
+                         const std::function<void(nlohmann::json&)>& change) {
+  const peft_test::TemporaryFolder folder;
+  suite::save_adapter(adapter, folder / "adapter");
+  const auto path = folder / "adapter" / "adapter_config.json";
+  auto config = nlohmann::json::parse(std::ifstream(path));
+  change(config);
+  std::ofstream(path) << config;
+  suite::load_adapter(other, folder / "adapter");
+}
+
 }  // namespace suite

@@ -1,5 +1,6 @@
+#include "methods/reference_values.h"
 #include "peft/methods/bias.h"
-#include "property_suite.h"
+#include "peft/methods/new_bias.h"
 
 using namespace suite;
 
@@ -20,6 +21,37 @@ TEST_CASE("Bias keeps the promises of a method on every layer with a bias", "[bi
     ++checked;
   }
   CHECK(checked == cases.size() - 4);
+}
+
+TEST_CASE("New biases keep the promises of a method on layers without a bias", "[new_bias]") {
+  const Promise promise{{peft::on(peft::NewBiasOptions(), peft::all())},
+                        [](const peft::SiteInfo& site) { return site.fan_out; }};
+  for (const auto& layer_case : layer_cases()) {
+    if (layer_case.name.find("without bias") != std::string::npos) {
+      check_properties(layer_case, promise);
+      continue;
+    }
+    const auto site = layer_case.make();
+    const bool lookup = layer_case.name.find("Embedding") != std::string::npos;
+    CHECK_THROWS_WITH(peft::add_adapter(*site, peft::NewBiasOptions(), peft::named({""})),
+                      Contains(lookup ? "a Embedding adds no bias" : "that has a bias (hint: BiasOptions"));
+  }
+}
+
+TEST_CASE("New biases go through files of this library's own", "[new_bias]") {
+  struct NetImpl : nn::Module {
+    peft::Linear one = register_module("one", peft::Linear(nn::LinearOptions(4, 3).bias(false)));
+    peft::Linear two = register_module("two", peft::Linear(nn::LinearOptions(3, 2).bias(false)));
+  };
+  NetImpl net, other;
+  const auto adapter = peft::add_adapter(net, peft::NewBiasOptions(), peft::named({"one", "two"}));
+  shake(adapter);
+  const auto config = through_files(adapter, other);
+  CHECK(config["peft_type"] == "REPLACE");
+  CHECK(config["method"] == "NEW_BIAS");
+  const auto loaded = peft::adapter(other, "default").named_tensors(), saved = adapter.named_tensors();
+  REQUIRE(loaded.size() == 2);
+  for (size_t i = 0; i < 2; ++i) CHECK(torch::equal(loaded[i].second, saved[i].second));
 }
 
 TEST_CASE("Replace keeps the promises of a method on every layer kind", "[replace]") {

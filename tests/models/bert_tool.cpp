@@ -1,14 +1,15 @@
 // A program around models/bert.h, driven by tests/reference/compare_bert.py.
 //
-//   bert_tool MODEL INPUTS.safetensors OUTPUTS.safetensors [LABELS SEED]
+//   bert_tool texts|tokens|encoder MODEL INPUTS.safetensors OUTPUTS.safetensors [LABELS SEED]
 //
-// Runs the batches b0, b1, … of INPUTS through a folder's model: a classifier where the folder has a head or
-// LABELS are given (a missing head is drawn from SEED), else the encoder.
+// Runs the batches b0, b1, … of INPUTS through a folder's model: a classifier of texts or of tokens (a
+// missing head is drawn from SEED), or the encoder.
 #include "peft/io/safetensors.h"
 #include "peft/models/bert.h"
 
 #include <iostream>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,22 +22,10 @@ void add(Tensors& tensors, const std::string& name, const torch::Tensor& tensor)
   if (tensor.defined()) tensors.emplace_back(name, tensor);
 }
 
-void run(int count, char** words) {
-  const peft::models::PretrainedFolder folder(words[1]);
-  const auto inputs = peft::load_safetensors(words[2]);
-  const bool classifies = count > 4 || folder.tensors().count("classifier.weight") > 0;
-  if (count > 5) torch::manual_seed(static_cast<uint64_t>(std::stoll(words[5])));
-
-  peft::models::BertForSequenceClassification classifier{nullptr};
-  peft::models::BertModel encoder{nullptr};
-  if (classifies) {
-    const auto labels = count > 4 ? std::optional<int64_t>(std::stoll(words[4])) : std::nullopt;
-    classifier = peft::models::BertForSequenceClassification::from_pretrained(words[1], labels);
-  } else {
-    encoder = peft::models::BertModel::from_pretrained(words[1]);
-  }
-
+template <class Model>
+void run_batches(Model& model, const std::string& in, const std::string& out) {
   const torch::NoGradGuard no_grad;
+  const auto inputs = peft::load_safetensors(in);
   Tensors outputs;
   for (int i = 0;; ++i) {
     const auto prefix = "b" + std::to_string(i) + ".";
@@ -53,7 +42,7 @@ void run(int count, char** words) {
     batch.labels = given("labels");
     batch.output_hidden_states = true;
     if (!batch.input_ids.defined() && !batch.inputs_embeds.defined()) break;
-    const auto output = classifies ? classifier->forward(batch) : encoder->forward(batch);
+    const auto output = model->forward(batch);
     add(outputs, prefix + "last_hidden_state", output.last_hidden_state);
     add(outputs, prefix + "pooler_output", output.pooler_output);
     add(outputs, prefix + "logits", output.logits);
@@ -63,14 +52,32 @@ void run(int count, char** words) {
       add(outputs, prefix + "hidden_states." + std::to_string(layer), output.hidden_states[layer]);
     }
   }
-  peft::save_safetensors(words[3], outputs);
+  peft::save_safetensors(out, outputs);
+}
+
+void run(int count, char** words) {
+  using namespace peft::models;
+  const std::string kind = words[1], folder = words[2];
+  const auto labels = count > 5 ? std::optional<int64_t>(std::stoll(words[5])) : std::nullopt;
+  if (count > 6) torch::manual_seed(static_cast<uint64_t>(std::stoll(words[6])));
+  if (kind == "texts") {
+    auto model = BertForSequenceClassification::from_pretrained(folder, labels);
+    run_batches(model, words[3], words[4]);
+  } else if (kind == "tokens") {
+    auto model = BertForTokenClassification::from_pretrained(folder, labels);
+    run_batches(model, words[3], words[4]);
+  } else {
+    auto model = BertModel::from_pretrained(folder);
+    run_batches(model, words[3], words[4]);
+  }
 }
 
 }  // namespace
 
 int main(int count, char** words) {
-  if (count < 4 || count > 6) {
-    std::cerr << "usage: bert_tool MODEL INPUTS.safetensors OUTPUTS.safetensors [LABELS SEED]\n";
+  if (count < 5 || count > 7) {
+    std::cerr << "usage: bert_tool texts|tokens|encoder MODEL INPUTS.safetensors OUTPUTS.safetensors [LABELS "
+                 "SEED]\n";
     return 2;
   }
   try {

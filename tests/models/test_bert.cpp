@@ -1,6 +1,5 @@
 #include "catch.h"
-#include "io/temporary_folder.h"
-#include "peft/models/bert.h"
+#include "models/tiny_bert.h"
 #include "peft/models/save_pretrained.h"
 
 #include <functional>
@@ -11,114 +10,7 @@
 #include <vector>
 
 using namespace peft::models;
-using peft_test::TemporaryFolder;
-using peft_test::write_bytes;
-using torch::Tensor;
-using Json = nlohmann::ordered_json;
-
-namespace {
-
-BertConfig tiny() {
-  return BertConfig()
-      .vocab_size(20)
-      .hidden_size(8)
-      .num_hidden_layers(2)
-      .num_attention_heads(2)
-      .intermediate_size(12)
-      .hidden_act("gelu_new")
-      .max_position_embeddings(10)
-      .layer_norm_eps(1e-6)
-      .num_labels(3);
-}
-
-Json tiny_json() {
-  return {{"architectures", {"BertForSequenceClassification"}},
-          {"model_type", "bert"},
-          {"vocab_size", 20},
-          {"hidden_size", 8},
-          {"num_hidden_layers", 2},
-          {"num_attention_heads", 2},
-          {"intermediate_size", 12},
-          {"hidden_act", "gelu_new"},
-          {"max_position_embeddings", 10},
-          {"layer_norm_eps", 1e-6},
-          {"id2label", {{"0", "red"}, {"1", "green"}, {"2", "blue"}}},
-          {"transformers_version", "5.23.0"}};
-}
-
-/// The formula of tests/reference/bert_values.py.
-void fill(torch::nn::Module& model) {
-  const torch::NoGradGuard no_grad;
-  double k = 0;
-  for (auto& item : model.named_parameters()) {
-    auto values = 0.15 * (0.7 * torch::arange(item.value().numel(), torch::kFloat64) + k++).sin();
-    const std::string norm = "LayerNorm.weight";
-    if (item.key().size() > norm.size() && item.key().ends_with(norm)) values += 1;
-    item.value().copy_(values.reshape(item.value().sizes()));
-  }
-}
-
-BertForSequenceClassification filled_classifier() {
-  BertForSequenceClassification model(tiny());
-  fill(*model);
-  model->eval();
-  return model;
-}
-
-BertInputs batch() {
-  BertInputs inputs;
-  inputs.input_ids = torch::tensor({{5, 3, 19, 7}, {1, 2, 0, 0}});
-  inputs.attention_mask = torch::tensor({{1, 1, 1, 1}, {1, 1, 0, 0}});
-  inputs.token_type_ids = torch::tensor({{0, 0, 1, 1}, {0, 0, 0, 0}});
-  return inputs;
-}
-
-using Tensors = std::map<std::string, Tensor>;
-
-Tensors tensors_of(const torch::nn::Module& model) {
-  Tensors tensors;
-  for (const auto& item : model.named_parameters())
-    tensors.emplace(item.key(), item.value().detach().clone());
-  return tensors;
-}
-
-void write_model(const std::filesystem::path& folder, const Tensors& tensors,
-                 const Json& config = tiny_json()) {
-  std::filesystem::create_directories(folder);
-  peft::save_safetensors(folder / "model.safetensors", tensors);
-  write_bytes(folder / "config.json", config.dump());
-}
-
-Tensors renamed(const Tensors& tensors, const std::function<std::string(std::string)>& rename) {
-  Tensors result;
-  for (const auto& [name, tensor] : tensors) result.emplace(rename(name), tensor);
-  return result;
-}
-
-std::string without(std::string text, const std::string& prefix) {
-  return text.starts_with(prefix) ? text.substr(prefix.size()) : text;
-}
-
-double difference(const Tensor& a, const Tensor& b) {
-  return (a.to(torch::kFloat64).reshape(-1) - b.to(torch::kFloat64).reshape(-1)).abs().max().item<double>();
-}
-
-/// What a call complains of, or an empty string.
-template <class Call>
-std::string complaint(const Call& call) {
-  try {
-    call();
-    return {};
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-}
-
-PretrainedOptions noting(std::vector<std::string>& notes) {
-  return PretrainedOptions().note([&notes](const std::string& line) { notes.push_back(line); });
-}
-
-}  // namespace
+using namespace peft_test;
 
 TEST_CASE("A tiny BERT gives transformers' values", "[bert]") {
   const torch::NoGradGuard no_grad;

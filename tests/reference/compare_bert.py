@@ -1,12 +1,12 @@
 """Compares our BERT with transformers', live, on random tiny configurations and on a real encoder.
 
-    python tests/reference/compare_bert.py [--tool build/tests/bert-tool] [--encoder DIR] [--count 60] [--seed N]
+    python tests/reference/compare_bert.py [--tool build/tests/bert-tool] [--encoder DIR] [--count 64] [--seed N]
 
 --tool is by default the environment's PEFT_BERT_TOOL, --encoder PEFT_ENCODER or PEFT_MINILM, --seed random. Every
 configuration (sizes, heads, layers, activation, token types, labels, kind of problem, epsilon; encoder with or without
-pooler, classifier, pre-training heads; one file or shards) gets random weights, is saved by transformers, and runs
-random padded batches on both sides. Hidden states, pooler output, logits, loss and sentence embedding must agree
-within 1e-5 of the largest value. A missing head must be drawn alike.
+pooler, classifiers of texts and of tokens, pre-training heads; one file or shards) gets random weights, is saved by
+transformers, and runs random padded batches on both sides. Hidden states, pooler output, logits, loss and sentence
+embedding must agree within 1e-5 of the largest value. A missing head must be drawn alike.
 
 Exit status 0 only when nothing differs; 77 where Python's libraries are missing, before anything was compared.
 """
@@ -33,7 +33,8 @@ transformers.utils.logging.disable_progress_bar()
 TOLERANCE = 1e-5
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_10", "relu", "relu2", "relu6", "silu", "swish",
                "tanh", "sigmoid", "mish", "quick_gelu", "hardswish", "leaky_relu", "linear"]
-KINDS = ["classifier", "encoder", "no_pooler", "pretraining", "masked_lm", "new_head"]
+KINDS = ["texts", "tokens", "encoder", "no_pooler", "pretraining", "masked_lm", "new_text_head", "new_token_head"]
+HEADS = {"texts": transformers.BertForSequenceClassification, "tokens": transformers.BertForTokenClassification}
 PROBLEMS = [None, "regression", "single_label_classification", "multi_label_classification"]
 
 
@@ -59,8 +60,7 @@ def random_config(rng):
 
 
 def random_model(kind, config):
-    classes = {"classifier": transformers.BertForSequenceClassification, "pretraining": transformers.BertForPreTraining,
-               "masked_lm": transformers.BertForMaskedLM}
+    classes = {**HEADS, "pretraining": transformers.BertForPreTraining, "masked_lm": transformers.BertForMaskedLM}
     model = (transformers.BertModel(config, add_pooling_layer=kind != "no_pooler") if kind not in classes
              else classes[kind](config))
     with torch.no_grad():
@@ -83,7 +83,12 @@ def random_labels(rng, config, rows):
     return torch.rand(rows, config.num_labels)
 
 
-def random_batches(rng, config, with_labels, width, count=3):
+def random_token_labels(rng, config, mask):
+    labels = torch.randint(config.num_labels, mask.shape).masked_fill(mask == 0, -100)
+    return labels.masked_fill(torch.rand(mask.shape) < 0.2, -100) if rng.random() < 0.5 else labels
+
+
+def random_batches(rng, config, head, width, count=3):
     batches = []
     for _ in range(count):
         rows, time = rng.randrange(1, 6), rng.randrange(1, min(config.max_position_embeddings, 40) + 1)
@@ -102,8 +107,9 @@ def random_batches(rng, config, with_labels, width, count=3):
             batch["token_type_ids"] = torch.randint(config.type_vocab_size, (rows, time))
         if rng.random() < 0.3:
             batch["position_ids"] = torch.randint(config.max_position_embeddings, (rows, time))
-        if with_labels and rng.random() < 0.7:
-            batch["labels"] = random_labels(rng, config, rows)
+        if head != "encoder" and rng.random() < 0.7:
+            batch["labels"] = (random_labels(rng, config, rows) if head == "texts"
+                               else random_token_labels(rng, config, mask))
         batches.append(batch)
     return batches
 
@@ -122,7 +128,7 @@ def expected(model, batch):
         mask = batch.get("attention_mask", torch.ones(hidden.shape[:2])).unsqueeze(-1).float()
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         values["embedding"] = torch.nn.functional.normalize(pooled, dim=1)
-        if isinstance(model, transformers.BertForSequenceClassification):
+        if isinstance(model, tuple(HEADS.values())):
             problem = model.config.problem_type
             output = model(**batch)
             model.config.problem_type = problem  # forward fixes it to the first batch's
@@ -132,10 +138,10 @@ def expected(model, batch):
     return values
 
 
-def compare(tool, folder, model, batches, worst, scratch, extra=()):
+def compare(tool, head, folder, model, batches, worst, scratch, extra=()):
     save_file({f"b{i}.{key}": value.contiguous() for i, batch in enumerate(batches) for key, value in batch.items()},
               f"{scratch}/inputs.safetensors")
-    done = subprocess.run([tool, folder, f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors", *extra],
+    done = subprocess.run([tool, head, folder, f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors", *extra],
                           capture_output=True, text=True)
     if done.returncode != 0:
         raise Failure(f"the tool ended with {done.returncode}: {done.stderr.strip()[:2000]}")
@@ -159,7 +165,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--tool", default=os.environ.get("PEFT_BERT_TOOL"))
     parser.add_argument("--encoder", default=os.environ.get("PEFT_ENCODER") or os.environ.get("PEFT_MINILM"))
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seed", type=int, default=random.randrange(10**9))
     arguments = parser.parse_args()
     if not arguments.tool:
@@ -176,28 +182,28 @@ def main():
             model = random_model(kind, config)
             sharded = rng.random() < 0.3
             model.save_pretrained(folder, **({"max_shard_size": "10KB"} if sharded else {}))
-            if kind == "new_head":
+            head = {"new_text_head": "texts", "new_token_head": "tokens"}.get(kind, kind if kind in HEADS else "encoder")
+            if kind.startswith("new_"):
                 torch.manual_seed(i)
-                model = transformers.BertForSequenceClassification.from_pretrained(
+                model = HEADS[head].from_pretrained(
                     folder, num_labels=config.num_labels, problem_type=config.problem_type).eval()
                 extra = (str(config.num_labels), str(i))
             elif kind in ("pretraining", "masked_lm"):
                 model = model.bert
-            batches = random_batches(rng, config, isinstance(model, transformers.BertForSequenceClassification),
-                                     config.hidden_size)
+            batches = random_batches(rng, config, head, config.hidden_size)
             tried[kind] += 1
             tried["sharded"] += os.path.exists(f"{folder}/model.safetensors.index.json")
             try:
-                compare(arguments.tool, folder, model, batches, worst, scratch, extra)
+                compare(arguments.tool, head, folder, model, batches, worst, scratch, extra)
             except Failure as failure:
                 failures += 1
                 print(f"configuration {i} ({kind}): {failure}\n{config.to_json_string(use_diff=False)}")
         if arguments.encoder:
             model = transformers.BertModel.from_pretrained(arguments.encoder).eval()
-            batches = random_batches(rng, model.config, False, model.config.hidden_size, count=6)
+            batches = random_batches(rng, model.config, "encoder", model.config.hidden_size, count=6)
             tried["real encoder"] += 1
             try:
-                compare(arguments.tool, arguments.encoder, model, batches, worst, scratch)
+                compare(arguments.tool, "encoder", arguments.encoder, model, batches, worst, scratch)
             except Failure as failure:
                 failures += 1
                 print(f"{arguments.encoder}: {failure}")

@@ -86,9 +86,10 @@ def hadamard_product(t1, w1a, w1b, t2, w2a, w2b, scale):
 # `count`: the weights one layer trains, of (module, config); `without`: why columns are empty.
 # `make`: makes the adapter otherwise; `extra`: weights beside the targets'; `written_plain`: we write the start that
 # was taken out of the base as LoRA of twice the rank; `python_base`: the base PEFT has, where it is another;
-# `merged_counts`: PEFT's merged outputs are the reference.
+# `merged_counts`: PEFT's merged outputs are the reference; `begins`: the tool's options for an adapter that trains from
+# its start, where a file cannot train on.
 Row = collections.namedtuple("Row", "method case base config count make without extra written_plain python_base "
-                             "merged_counts", defaults=(None, {}, 0, False, None, False))
+                             "merged_counts begins", defaults=(None, {}, 0, False, None, False, None))
 
 
 class Blocks:
@@ -213,6 +214,40 @@ def count_mica(module, config):
 
 LINEAR, EVERY = ["q", "v", "fc", "mlp.0"], common.EVERY
 ATTENTION = ["query", "key", "value", "dense"]
+
+
+def count_prompt(model, config):
+    return sum(p.numel() for p in model.prompt_encoder.parameters()) + (
+        0 if config.task_type == "CAUSAL_LM" else sum(p.numel() for p in model.base_model.classifier.original_module.parameters()))
+
+
+def prompt_rows():
+    unmerged = {"merged": "a prompt lengthens the text and leaves the weights alone"}
+    for base, task in [("prompted", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")]:
+        shared = dict(task_type=task, num_virtual_tokens=5)
+        for case, start in [("random", {}), ("words", {"prompt_tuning_init": "SAMPLE_VOCAB"})]:
+            yield Row("prompt tuning", f"{base}, {case}", base,
+                      lambda shared=shared, start=start: peft.PromptTuningConfig(**shared, **start), count_prompt,
+                      without=unmerged)
+        for kind in ["MLP", "LSTM"]:
+            network = dict(shared, encoder_reparameterization_type=kind, encoder_hidden_size=6)
+            yield Row("P-tuning", f"{base}, {kind}", base, lambda network=network: peft.PromptEncoderConfig(**network),
+                      count_prompt, without=unmerged,
+                      begins={**network, "modules_to_save": ["classifier"] if task == "SEQ_CLS" else []})
+    longer = {"merged": "a prefix lengthens keys and values and leaves the weights alone"}
+    for base, task in [("prompted", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")]:
+        shared = dict(task_type=task, num_virtual_tokens=5)
+        for case, start in [("random", {}), ("zeros", {"init_weights": "zero"})]:
+            yield Row("prefix tuning", f"{base}, {case}", base,
+                      lambda shared=shared, start=start: peft.PrefixTuningConfig(**shared, **start), count_prompt,
+                      without=longer)
+        network = dict(shared, prefix_projection=True, encoder_hidden_size=6)
+        yield Row("prefix tuning", f"{base}, projected", base, lambda network=network: peft.PrefixTuningConfig(**network),
+                  count_prompt, without=longer,
+                  begins={**network, "modules_to_save": ["classifier"] if task == "SEQ_CLS" else []})
+    yield Row("multitask prompt tuning", "3 tasks, rank 2", "prompted",
+              lambda: peft.MultitaskPromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5, num_tasks=3, num_ranks=2),
+              count_prompt, without=unmerged)
 
 
 def lora(**more):
@@ -408,6 +443,7 @@ def rows():
               count_tokens)
     yield Row("trainable tokens", "beside LoRA", "toy",
               lambda: lora(target_modules=LINEAR, trainable_token_indices={"emb": [4, 1, 7]}), count_lora, extra=3 * 8)
+    yield from prompt_rows()
 
 
 class Comparison(common.Comparison):
@@ -426,13 +462,27 @@ class Comparison(common.Comparison):
             config = json.load(file)
         merged = None if "merged" in row.without else self.output(copy.deepcopy(model).merge_and_unload(), row.base)
         adapted = merged if row.merged_counts else adapted
-        return dict(row=row, config=config, state=load_file(f"{folder}/adapter_model.safetensors"), adapted=adapted,
+        generated = None
+        if row.base == "gpt2":
+            generated = model.generate(**self.inputs["gpt2"], max_new_tokens=8, do_sample=False, pad_token_id=0).float()
+        return dict(generated=generated, row=row, config=config, state=load_file(f"{folder}/adapter_model.safetensors"), adapted=adapted,
                     merged=merged)
 
     def make_bases(self):
         super().make_bases()
         self.bases["rare"], self.inputs["rare"], self.labels["rare"] = Rare().eval(), self.inputs["toy"], self.labels["toy"]
         self.write_base("rare", "rare.safetensors")
+        bert, inputs, labels = self.bases["bert"], self.inputs["bert"], self.labels["bert"]
+        gpt2 = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=30, initializer_range=0.2,
+                                       bos_token_id=0, eos_token_id=0)
+        rows = dict(token_type_ids=torch.randint(2, (4, 9)), task_ids=torch.tensor([2, 0, 1, 2]))
+        self.bases["prompted"], self.inputs["prompted"], self.labels["prompted"] = bert, {**inputs, **rows}, labels
+        self.bases["gpt2"] = transformers.GPT2LMHeadModel(gpt2).eval()
+        texts = torch.arange(9) >= torch.randint(9, (50, 1))  # padded on the left
+        self.inputs["gpt2"] = {"input_ids": torch.randint(1, 40, (50, 9)) * texts, "attention_mask": texts.long()}
+        self.labels["gpt2"] = torch.randint(40, (50,))
+        for name in ["prompted", "gpt2"]:
+            self.write_base(name, None)
 
     def write_base(self, name, file):
         os.makedirs(self.path(name))
@@ -450,11 +500,17 @@ class Comparison(common.Comparison):
         return name
 
     def forward(self, model, base):
-        output = model(**self.inputs[base])
-        return getattr(output, "logits", output)
+        inputs = dict(self.inputs[base])
+        if not isinstance(model, PeftModel):
+            inputs.pop("task_ids", None)
+        output = model(**inputs)
+        logits = getattr(output, "logits", output)
+        return logits[:, -1] if base == "gpt2" else logits
 
     def formula(self, row, model):
         config, base = model.peft_config["default"], self.bases[row.base]
+        if config.is_prompt_learning:
+            return row.count(model, config)
         config.modules = list(base.named_modules())
         total = row.extra
         parameters = getattr(model.base_model, "targeted_parameter_names", [])
@@ -468,7 +524,7 @@ class Comparison(common.Comparison):
         return total
 
     def train_python(self, row, folder):
-        model = PeftModel.from_pretrained(self.fresh_base(row), self.readable(folder, row), is_trainable=True).eval()
+        model = self.trainable(row, folder)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
         allocates = hasattr(model.base_model, "update_and_allocate")
         losses = []
@@ -482,6 +538,18 @@ class Comparison(common.Comparison):
                 model.base_model.update_and_allocate(step)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return torch.tensor(losses), self.output(model, row.base), count, self.formula(row, model)
+
+    def trainable(self, row, folder):
+        if row.begins:
+            torch.manual_seed(0)
+            return get_peft_model(self.fresh_base(row), row.config()).eval()
+        config = peft.PeftConfig.from_pretrained(folder)
+        if not config.is_prompt_learning:
+            return PeftModel.from_pretrained(self.fresh_base(row), self.readable(folder, row), is_trainable=True).eval()
+        model = PeftModel.from_pretrained(self.fresh_base(row), folder).eval()  # which trains no prompt on by itself
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("prompt_encoder" in name or "modules_to_save" in name)
+        return model
 
     @staticmethod
     def penalty(model):
@@ -529,7 +597,8 @@ class Comparison(common.Comparison):
             shared = {**self.shared(row), **({"options": options} if options else {"adapter": f"{folder}/python"})}
             training = {"optimizer": "peft", "lr": RATE, "steps": STEPS}
             jobs.append({**shared, **(training if options else {}), "out": f"{folder}/read"})
-            jobs.append({**shared, **training, "out": f"{folder}/train"})
+            begins = {**self.shared(row), "options": row.begins} if row.begins else shared
+            jobs.append({**begins, **training, "out": f"{folder}/train"})
         answers = self.run_tool(jobs)
         for i, row in enumerate(pending):
             cells = {"name": f"{row.method}: {row.case}", "row": row}
@@ -579,6 +648,10 @@ class Comparison(common.Comparison):
             return self.fail(cells, "forward", answer["error"])
         outputs = load_file(f"{folder}/read/outputs.safetensors")
         self.check(cells, "forward", common.difference(outputs["adapted"], python["adapted"]), LIMITS["forward"])
+        if python["generated"] is not None:
+            cells["generated"] = len(python["generated"])
+            if outputs["generated"].shape != python["generated"].shape or not outputs["generated"].equal(python["generated"]):
+                self.fail(cells, "forward", "the generated texts are others")
         if common.difference(outputs["disabled"], plain) > 1e-6:
             self.fail(cells, "forward", "the disabled model is not the base")
         if "merged" not in row.without:
@@ -641,6 +714,8 @@ class Comparison(common.Comparison):
         for cells in self.rows:
             for column, reason in cells["row"].without.items():
                 print(f"{cells['name']}, {column}: {reason}")
+        if any("generated" in cells for cells in self.rows):
+            print(f"texts that GPT-2 goes on with as in Python: {sum(cells.get('generated', 0) for cells in self.rows)}")
         for failure in self.failures:
             print(f"failed: {failure}")
         print(f"{len(self.failures)} failures in {len(self.rows)} cases" if self.failures

@@ -96,7 +96,7 @@ def case(tokenizer, variant, a, b, max_length):
         tokenizer.enable_truncation(max_length)
     encoding = tokenizer.encode(a) if b is None else tokenizer.encode(a, b)
     second = "std::nullopt" if b is None else string(b)
-    length = "text::WordPiece::no_limit" if max_length is None else max_length
+    length = "text::Tokenizer::no_limit" if max_length is None else max_length
     return (f"    {{{literal(variant)}, {string(a)}, {second}, {length},\n"
             f"     {numbers(encoding.ids)},\n     {numbers(encoding.type_ids)}}},")
 
@@ -104,7 +104,7 @@ def case(tokenizer, variant, a, b, max_length):
 def main():
     print("// Made by tests/reference/wordpiece_values.py: a small tokenizer.json, texts, and their ids in Hugging Face's\n"
           f"// tokenizers {tokenizers.__version__}.\n#pragma once\n\n"
-          "#include <cstdint>\n#include <optional>\n#include <string>\n#include <vector>\n\n#include \"text/wordpiece.h\"\n\n"
+          "#include <cstdint>\n#include <optional>\n#include <string>\n#include <vector>\n\n#include \"text/tokenizer.h\"\n\n"
           "namespace wordpiece_values {\n\n"
           "struct Case {\n  std::string variant;\n  std::string a;\n  std::optional<std::string> b;\n"
           "  std::int64_t max_length;\n  std::vector<std::int64_t> ids, type_ids;\n};\n\n// clang-format off")

@@ -6,24 +6,24 @@
 
 #include "catch.h"
 #include "io/temporary_folder.h"
-#include "text/wordpiece.h"
+#include "text/tokenizer.h"
 #include "wordpiece_values.h"
 
 namespace {
 
 using nlohmann::json;
 using peft_test::TemporaryFolder;
-using text::WordPiece;
+using text::Tokenizer;
 
 const json& small() {
   static const json tokenizer = json::parse(wordpiece_values::tokenizer_json);
   return tokenizer;
 }
 
-WordPiece load(const json& tokenizer) {
+Tokenizer load(const json& tokenizer) {
   const TemporaryFolder folder;
   peft_test::write_bytes(folder / "tokenizer.json", tokenizer.dump());
-  return WordPiece::from_file(folder / "tokenizer.json");
+  return Tokenizer::from_file(folder / "tokenizer.json");
 }
 
 /// What reading the file says; empty if it is read.
@@ -31,7 +31,7 @@ std::string error_of(const std::string& bytes) {
   const TemporaryFolder folder;
   peft_test::write_bytes(folder / "tokenizer.json", bytes);
   try {
-    WordPiece::from_file(folder / "tokenizer.json");
+    Tokenizer::from_file(folder / "tokenizer.json");
   } catch (const std::runtime_error& error) {
     return error.what();
   }
@@ -56,7 +56,7 @@ TEST_CASE("WordPiece gives the ids and type ids of Hugging Face's tokenizers", "
   for (const auto& [name, patch] : wordpiece_values::variants) {
     json changed = small();
     changed.update(json::parse(patch));
-    const WordPiece tokenizer = load(changed);
+    const Tokenizer tokenizer = load(changed);
     std::size_t compared = 0;
     for (const wordpiece_values::Case& c : wordpiece_values::cases) {
       if (c.variant != name) continue;
@@ -72,14 +72,14 @@ TEST_CASE("WordPiece gives the ids and type ids of Hugging Face's tokenizers", "
 }
 
 TEST_CASE("WordPiece does not use the file's own truncation and padding", "[wordpiece]") {
-  const WordPiece tokenizer = load(small());
+  const Tokenizer tokenizer = load(small());
   REQUIRE(small().at("truncation").at("max_length") == 4);
   CHECK(tokenizer.encode("a b c a b c").ids.size() == 8);
   CHECK(tokenizer.encode("a").ids.size() == 3);
 }
 
 TEST_CASE("WordPiece never gives more ids than asked for", "[wordpiece]") {
-  const WordPiece tokenizer = load(small());
+  const Tokenizer tokenizer = load(small());
   for (std::int64_t length = 3; length < 16; ++length) {
     CHECK(tokenizer.encode("a b c a b c a b c", length).ids.size() ==
           std::min<std::size_t>(11, std::size_t(length)));
@@ -92,7 +92,7 @@ TEST_CASE("WordPiece never gives more ids than asked for", "[wordpiece]") {
 }
 
 TEST_CASE("WordPiece knows its tokens by id and by name", "[wordpiece]") {
-  const WordPiece tokenizer = load(small());
+  const Tokenizer tokenizer = load(small());
   CHECK(tokenizer.vocabulary_size() == 55);
   CHECK(tokenizer.pad_id() == 0);
   CHECK(tokenizer.token(2) == "[CLS]");
@@ -103,6 +103,7 @@ TEST_CASE("WordPiece knows its tokens by id and by name", "[wordpiece]") {
   CHECK(tokenizer.special_tokens(false) == 2);
   CHECK(tokenizer.special_tokens(true) == 3);
   CHECK_THROWS_AS(tokenizer.token(55), std::out_of_range);
+  CHECK_THROWS_WITH(tokenizer.decode({1}), Contains("only ids of byte-level BPE can be decoded"));
 }
 
 TEST_CASE("WordPiece takes the padding id from the file's padding, else from [PAD]", "[wordpiece]") {
@@ -118,7 +119,7 @@ TEST_CASE("WordPiece takes the padding id from the file's padding, else from [PA
 }
 
 TEST_CASE("WordPiece refuses text that is not UTF-8 and names the byte", "[wordpiece]") {
-  const WordPiece tokenizer = load(small());
+  const Tokenizer tokenizer = load(small());
   const auto bytes = GENERATE(as<std::string>{}, "ab\xFF", "ab\xC3", "ab\xC0\x80", "ab\xED\xA0\x80",
                               "ab\xF4\x90\x80\x80", "ab\x80 c");
   CHECK_THROWS_WITH(tokenizer.encode(bytes), Contains("must be valid UTF-8") && Contains("offset 2"));
@@ -141,7 +142,8 @@ TEST_CASE("A tokenizer.json that is not such a tokenizer is an error with file a
   check(error_after("/pre_tokenizer/type", "Whitespace"),
         "key 'pre_tokenizer.type' must be BertPreTokenizer");
   check(error_after("/pre_tokenizer", json::array()), "key 'pre_tokenizer' must be an object, but got []");
-  check(error_after("/model/type", "BPE"), "key 'model.type' must be WordPiece, but got \"BPE\"");
+  check(error_after("/model/type", "Unigram"),
+        "key 'model.type' must be WordPiece or BPE, but got \"Unigram\"");
   check(error_after("/model", nullptr), "key 'model' is missing");
   check(error_after("/model/vocab", nullptr), "key 'model.vocab' is missing");
   check(error_after("/model/vocab", json::object()), "key 'model.vocab' must hold tokens");
@@ -152,8 +154,9 @@ TEST_CASE("A tokenizer.json that is not such a tokenizer is an error with file a
   check(error_after("/model/continuing_subword_prefix", nullptr),
         "'model.continuing_subword_prefix' is missing");
   check(error_after("/model/max_input_chars_per_word", "12"), "'model.max_input_chars_per_word' must be");
-  check(error_after("/post_processor/type", "RobertaProcessing"),
-        "key 'post_processor.type' must be TemplateProcessing or BertProcessing");
+  check(error_after("/post_processor/type", "Sequence"),
+        "key 'post_processor.type' must be TemplateProcessing or BertProcessing or");
+  check(error_after("/post_processor/type", "RobertaProcessing"), "key 'post_processor.cls' is missing");
   check(error_after("/post_processor/single/1/Sequence/id", "B"),
         "key 'post_processor.single[1].id' must be A");
   check(error_after("/post_processor/pair/0", "x"), "key 'post_processor.pair[0]' must be a Sequence");
@@ -169,7 +172,7 @@ TEST_CASE("A tokenizer.json that is not such a tokenizer is an error with file a
   check(error_of("{"), "must be JSON");
   check(error_of("[]"), "must be an object");
   check(error_of(R"({"model": {}, "model": {}})"), "key 'model' occurs twice");
-  CHECK_THROWS_WITH(WordPiece::from_file("absent/tokenizer.json"),
+  CHECK_THROWS_WITH(Tokenizer::from_file("absent/tokenizer.json"),
                     Contains("absent/tokenizer.json: cannot be opened"));
 }
 

@@ -164,57 +164,29 @@ class LayerSite : public internal::WeightSite {
  protected:
   /// The adapted F(x) of a single input.
   Tensor chain(const Tensor& x, bool positions = false) {
-    const auto* rows = RowAdapters::current();
-    TORCH_CHECK(!rows || !positions, "RowAdapters: '", path(),
-                "' is called on relative positions, which the rows of a batch share");
-    TORCH_CHECK(!rows || !is_merged(), "RowAdapters: '", path(), "' is merged (hint: unmerge first)");
-    const internal::BaseView<Layer> view(base);
-    if (rows) return mixed(x, *rows, *ForwardScope::active(activation()), view);
-    const auto set = active_set();
-    return set ? compose(x, set->active, view, positions) : view.forward(x);
+    TORCH_CHECK(!positions || !this->by_rows(), RowAdapters::current() ? "RowAdapters" : "BatchSplit", ": '",
+                path(), "' is called on relative positions, which the rows of a batch share");
+    return this
+        ->route({x},
+                [&](const SiteImpl::Flow& in, const PieceTree& tree) -> SiteImpl::Flow {
+                  if (!positions) return {compose(in.front(), tree)};
+                  return {compose(in.front(), tree.without([](const PieceImpl* piece) {
+                    return !piece->adapts_positions();
+                  }))};
+                })
+        .front();
   }
 
- private:
-  Tensor compose(const Tensor& x, const std::vector<std::string>& names,
-                 const internal::BaseView<Layer>& view, bool positions = false) const {
-    auto pieces = resolve(names);
-    if (positions) std::erase_if(pieces, [](const PieceImpl* piece) { return !piece->adapts_positions(); });
-    auto y = internal::with_pieces(view, pieces.data(), pieces.data() + pieces.size(),
-                                   [&](const LayerView& top) { return top.forward(x); });
+  /// F(x) under these pieces, in the type of the base's output.
+  Tensor compose(const Tensor& x, const PieceTree& tree) const {
+    const internal::BaseView<Layer> view(base);
+    internal::Views views(path());
+    const auto y = views.on(view, tree).forward(x);
     const auto type = view.output_type();
     return type && *type != y.scalar_type() ? y.to(*type) : y;
   }
 
-  /// Rows that share an adapter run together and are put back in their places.
-  Tensor mixed(const Tensor& x, const std::vector<std::string>& rows, const ActiveSet& set,
-               const internal::BaseView<Layer>& view) const {
-    TORCH_CHECK(!is_training(), "RowAdapters: mixed batches are for inference, but '", path(),
-                "' is in training mode");
-    std::map<std::string, std::vector<int64_t>> groups;
-    bool touched = false;
-    for (size_t i = 0; i < rows.size(); ++i) {
-      TORCH_CHECK_VALUE(rows[i] == RowAdapters::base || set.knows(rows[i]), "RowAdapters: no adapter '",
-                        rows[i], "' in this model; it has ", internal::closest(rows[i], set.known));
-      groups[rows[i]].push_back(static_cast<int64_t>(i));
-      touched = touched || !pieces(rows[i]).empty();
-    }
-    if (!touched || !set.enabled) return view.forward(x);
-    TORCH_CHECK_VALUE(x.size(0) == static_cast<int64_t>(rows.size()), "RowAdapters: '", path(), "' expected ",
-                      rows.size(), " rows, one a name, but got ", x.size(0));
-    Tensor result;
-    for (const auto& [name, members] : groups) {
-      const auto index = torch::tensor(members, torch::TensorOptions(torch::kLong).device(x.device()));
-      const auto y = compose(x.index_select(0, index), {name}, view);
-      if (!result.defined()) {
-        auto shape = y.sizes().vec();
-        shape[0] = x.size(0);
-        result = torch::zeros(shape, y.options());
-      }
-      result = result.index_copy(0, index, y);
-    }
-    return result;
-  }
-
+ private:
   void register_base() {
     for (const auto& item : base->named_parameters(/*recurse=*/false)) {
       register_parameter(item.key(), item.value(), item.value().requires_grad());
@@ -267,29 +239,5 @@ using Conv1d = Adapted<nn::Conv1d>;
 using Conv2d = Adapted<nn::Conv2d>;
 using Conv3d = Adapted<nn::Conv3d>;
 using LayerNorm = Adapted<nn::LayerNorm>;
-
-/// The join after a sublayer: norm(output + skip). It is the LayerNorm site at its path.
-/// Shapes: output, skip: (*, normalized_shape), output after dropout.
-class ResidualImpl : public LayerSite<nn::LayerNorm, ResidualImpl> {
- public:
-  explicit ResidualImpl(nn::LayerNorm norm) : LayerSite<nn::LayerNorm, ResidualImpl>(std::move(norm)) {}
-  explicit ResidualImpl(const nn::LayerNormOptions& options)
-      : LayerSite<nn::LayerNorm, ResidualImpl>(nn::LayerNorm(options)) {}
-
-  SiteInfo base_info() const override {
-    auto info = LayerSite<nn::LayerNorm, ResidualImpl>::base_info();
-    info.offers.push_back(Needs::residual);
-    return info;
-  }
-
-  Tensor forward(const Tensor& output, const Tensor& skip) { return chain(output + skip); }
-};
-
-/// Holder of `ResidualImpl`.
-class Residual : public nn::ModuleHolder<ResidualImpl> {
- public:
-  using nn::ModuleHolder<ResidualImpl>::ModuleHolder;
-  using Impl = ResidualImpl;
-};
 
 }  // namespace peft

@@ -1,34 +1,38 @@
 // Attention: the site between the projections, softmax(q kᵀ · scale + bias) v.
 #pragma once
 
-#include <torch/arg.h>
-
-#include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "peft/core/activation_site.h"
+#include "peft/core/attention_options.h"
 
 namespace peft {
 
-/// Where an attention stands in its model.
-enum class AttentionRole : std::uint8_t { encoder, decoder, cross };
+/// Keys and values of the tokens seen so far, (batch, kv_heads, time, head_width), pieces' own among them;
+/// undefined before the first.
+struct KeyValues {
+  Tensor k, v;
+};
 
-/// Settings of `Attention`.
-struct AttentionOptions {
-  /// `heads` query heads of `head_width` each.
-  AttentionOptions(int64_t heads, int64_t head_width)
-      : heads_(heads), kv_heads_(heads), head_width_(head_width) {}
-  TORCH_ARG(int64_t, heads);
-  /// Key and value heads; fewer than `heads` in grouped-query attention.
-  TORCH_ARG(int64_t, kv_heads);
-  TORCH_ARG(int64_t, head_width);
-  /// Index of the layer in its stack.
-  TORCH_ARG(int64_t, layer) = 0;
-  TORCH_ARG(AttentionRole, role) = AttentionRole::encoder;
-  /// Dropout on the attention probabilities, in training.
-  TORCH_ARG(double, dropout) = 0.0;
-  /// Query t sees keys up to t.
-  TORCH_ARG(bool, causal) = false;
+/// What an attention works on.
+struct AttentionInputs {
+  Tensor q, k, v;  ///< (batch, heads or kv_heads, time, head_width)
+  Tensor bias;     ///< additive, broadcastable to (batch, heads, queries, keys), or undefined
+  Tensor hidden;   ///< what q, k and v were projected from, (batch, queries, width), or undefined
+};
+
+/// A piece on an attention.
+class AttentionPieceImpl : public ActivationPieceImpl {
+ public:
+  using ActivationPieceImpl::ActivationPieceImpl;
+
+  /// Changes the inputs: longer keys and values. Once a text: not for the steps that follow with a cache,
+  /// which holds what the piece added. A bias shorter than the keys lets every query see the keys on its
+  /// left.
+  virtual void extend(AttentionInputs&) {}
+  /// Changes the heads' outputs, (batch, heads, queries, head_width), made from these inputs.
+  virtual Tensor heads(const Tensor& outputs, const AttentionInputs&) { return outputs; }
 };
 
 /// softmax(q kᵀ / sqrt(head_width) + bias) v, without tensors of its own.
@@ -43,27 +47,72 @@ class AttentionImpl : public internal::ActivationSite<AttentionImpl> {
     SiteInfo info;
     info.layer = "Attention";
     info.offers = {Needs::attention};
+    info.attention = options;
+    info.dtype = dtype_;
+    info.device = device_;
     return info;
   }
 
-  Tensor forward(const Tensor& q, Tensor k, Tensor v, Tensor bias) {
+  /// `cache`: keys and values of earlier tokens, which come before these, and are extended by them. `hidden`:
+  /// what q, k and v were projected from, for pieces that look at it.
+  Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+                 KeyValues* cache = nullptr, const Tensor& hidden = {}) {
+    Flow in{q, k, v, bias, hidden};
+    if (cache && cache->k.defined()) in.insert(in.end(), {cache->k, cache->v});
+    const auto out = route(in, [this, cache](const Flow& flow, const PieceTree& tree) -> Flow {
+      AttentionInputs inputs{flow[0], flow[1], flow[2], flow[3], flow[4]};
+      const bool continues = flow.size() > 5;
+      if (continues) {
+        inputs.k = torch::cat({flow[5], inputs.k}, 2);
+        inputs.v = torch::cat({flow[6], inputs.v}, 2);
+      }
+      std::vector<AttentionPieceImpl*> active;
+      tree.each([&](PieceImpl& piece) { active.push_back(&dynamic_cast<AttentionPieceImpl&>(piece)); });
+      for (auto* piece : active) {
+        if (!continues) piece->extend(inputs);
+      }
+      auto y = attend(inputs);
+      for (auto* piece : active) y = piece->heads(y, inputs);
+      y = y.transpose(1, 2).reshape({y.size(0), y.size(2), options.heads() * options.head_width()});
+      // Without a cache rows may have prefixes of different lengths.
+      return cache ? Flow{y, inputs.k, inputs.v} : Flow{y};
+    });
+    if (cache) *cache = {out[1], out[2]};
+    return out[0];
+  }
+
+  std::string refusal(const PieceTree& tree) const override { return internal::stacks_only(tree); }
+
+  AttentionOptions options;
+
+ private:
+  Tensor attend(const AttentionInputs& in) const {
+    auto k = in.k, v = in.v, bias = in.bias;
+    const auto queries = in.q.size(2), keys = k.size(2);
     if (options.kv_heads() != options.heads()) {
       const auto times = options.heads() / options.kv_heads();
       k = k.repeat_interleave(times, 1);
       v = v.repeat_interleave(times, 1);
     }
+    if (bias.defined() && bias.size(-1) < keys)
+      bias = torch::constant_pad_nd(bias, {keys - bias.size(-1), 0});
+    auto causal = options.causal() && queries > 1;
     const auto dropout = is_training() ? options.dropout() : 0.0;
-    auto causal = options.causal();
-    if (causal && bias.defined()) {  // LibTorch takes one or the other
-      const auto future = torch::ones({q.size(2), k.size(2)}, q.options().dtype(torch::kBool)).triu(1);
+    const auto before = keys - queries;
+    // LibTorch takes a bias or the square causal mask, not both. Rows of zeros make it square where few keys
+    // come before the first query, and so keep the fast kernel, which a bias may not have.
+    if (causal && !bias.defined() && before > 0 && before <= queries) {
+      const auto q = torch::constant_pad_nd(in.q, {0, 0, before, 0});
+      return internal::scaled_dot_product_attention(q, k, v, {}, dropout, true).slice(2, before);
+    }
+    if (causal && (bias.defined() || before != 0)) {
+      const auto future = torch::ones({queries, keys}, in.q.options().dtype(torch::kBool)).triu(1 + before);
+      if (!bias.defined()) bias = torch::zeros({queries, keys}, in.q.options());
       bias = bias.masked_fill(future, -std::numeric_limits<double>::infinity());
       causal = false;
     }
-    const auto y = internal::scaled_dot_product_attention(q, k, v, bias, dropout, causal);
-    return y.transpose(1, 2).reshape({q.size(0), q.size(2), options.heads() * options.head_width()});
+    return internal::scaled_dot_product_attention(in.q, k, v, bias, dropout, causal);
   }
-
-  AttentionOptions options;
 };
 
 /// Holder of `AttentionImpl`.

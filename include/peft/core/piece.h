@@ -58,6 +58,10 @@ class PieceImpl : public nn::Module {
   /// the CPU.
   virtual void initialize(const LayerView& base) = 0;
 
+  /// When it draws: all of a lower turn come first, within a turn what pieces share and then the pieces in
+  /// the model's order. For methods whose reference does not follow that order.
+  virtual int turn() const { return 0; }
+
   /// Moves the piece to its site's device and floating type. Half types are widened to float32 after
   /// rounding, as Hugging Face's `autocast_adapter_dtype` does: values rounded to the base's type, kept in
   /// float32.
@@ -66,6 +70,9 @@ class PieceImpl : public nn::Module {
     if (site_.dtype == torch::kFloat16 || site_.dtype == torch::kBFloat16) to(torch::kFloat32);
   }
 
+  /// False for a piece that an adapter has for use in a block of a composition only (`Fuse`).
+  virtual bool stands_alone() const { return true; }
+
   /// True for a piece that carries its own copy of base tensors (`Bias`, `Replace`): it lies under the
   /// others.
   virtual bool substitutes() const { return false; }
@@ -73,6 +80,10 @@ class PieceImpl : public nn::Module {
   /// False for a piece that leaves the layer as it is where a model calls it on relative positions
   /// (`AdaptedImpl::forward_positions`).
   virtual bool adapts_positions() const { return true; }
+
+  /// True for a piece that acts on a tied matrix in all its uses: on a model's words and on its head
+  /// (`SiteImpl::tie_to`). It then meets both layers.
+  virtual bool follows_ties() const { return false; }
 
   /// Why this piece and another adapter's on the same site cannot be active together, or an empty string.
   virtual std::string conflict(const PieceImpl&) const { return {}; }
@@ -127,16 +138,39 @@ class PieceImpl : public nn::Module {
   std::shared_ptr<SharedImpl> shared_;
 };
 
+/// A piece that works on activations: it has no W′, so nothing merges. What its site calls depends on the
+/// kind of site: `ResidualPieceImpl`, `AttentionPieceImpl`, `InputPieceImpl`; on a layer it is `forward(x,
+/// layer)`.
+class ActivationPieceImpl : public PieceImpl {
+ public:
+  using PieceImpl::PieceImpl;
+
+  Tensor forward(const Tensor&, const LayerView&) override {
+    TORCH_CHECK(false, method(), " does not adapt a layer's function, so not '", site().path, "'");
+    return {};
+  }
+  Weights effective(const Weights&, const LayerView&) const override {
+    TORCH_CHECK(false, not_mergeable());
+    return {};
+  }
+  std::string not_mergeable() const override {
+    return method() + " works on activations and cannot be merged";
+  }
+  bool works_on_activations() const override { return true; }
+  Changed changed() const override { return {}; }
+};
+
 /// Gives a method's piece its options and its copy. `Derived` must be constructible from (Options, SiteInfo).
-template <class Derived, class Options>
-class Piece : public PieceImpl {
+/// `Base`: what its sites call (`ResidualPieceImpl`, …), for a method that works on activations.
+template <class Derived, class Options, class Base = PieceImpl>
+class Piece : public Base {
  public:
   Piece(std::string method, Options settings, SiteInfo site)
-      : PieceImpl(std::move(method), std::move(site)), options(std::move(settings)) {}
+      : Base(std::move(method), std::move(site)), options(std::move(settings)) {}
 
   std::shared_ptr<PieceImpl> copy() const override {
     torch::NoGradGuard no_grad;
-    auto result = std::make_shared<Derived>(options, site());
+    auto result = std::make_shared<Derived>(options, this->site());
     const auto copy_all = [](const auto& from, auto to) {
       for (const auto& item : from) {
         to[item.key()].set_data(item.value().detach().clone());

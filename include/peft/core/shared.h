@@ -17,9 +17,11 @@ class SharedImpl : public nn::Module {
  public:
   using nn::Module::Module;
 
-  /// The reference's random draws, before those of the pieces: once, in float32 on the CPU. Not run for an
-  /// adapter that is loaded or copied.
+  /// The reference's random draws, before those of the pieces of the same `turn`: once, in float32 on the
+  /// CPU. Not run for an adapter that is loaded or copied.
   virtual void initialize() {}
+  /// As `PieceImpl::turn`.
+  virtual int turn() const { return 0; }
 
   /// Moves it to the device and floating type of the site that registers it, as `PieceImpl::place` does.
   virtual void place(const SiteInfo& site) {

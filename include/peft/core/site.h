@@ -1,9 +1,13 @@
 // Site: a place in a frozen model where adapters attach; knows how to carry them, and no method.
 #pragma once
 
+#include <algorithm>
+#include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +15,8 @@
 #include "peft/core/activation.h"
 #include "peft/core/compat.h"
 #include "peft/core/piece.h"
+#include "peft/core/piece_tree.h"
+#include "peft/core/problems.h"
 #include "peft/core/site_traits.h"
 
 namespace peft {
@@ -75,12 +81,22 @@ class SiteImpl : public nn::Module {
  public:
   using nn::Module::Module;
 
+  /// Tensors on their way through a site, each with the batch in dimension 0. One that is undefined, or has
+  /// one row where others have more, serves every row.
+  using Flow = std::vector<Tensor>;
+  /// Makes the i-th tensor for rows whose pieces gave none, where those of other rows did.
+  using Missing = std::function<Tensor(size_t i, const Flow& rows)>;
+
   /// What the site is, without its path.
   virtual SiteInfo base_info() const = 0;
   /// What a method sees, with the path the site was last found under.
   SiteInfo info() const {
     auto info = base_info();
     info.path = path_;
+    for (const auto& head : heads_) {
+      const auto site = head.lock();
+      if (site && site->tied_words().get() == this) info.tied.push_back(site->path());
+    }
     return info;
   }
   void set_path(std::string path) {
@@ -90,6 +106,8 @@ class SiteImpl : public nn::Module {
     }
   }
   const std::string& path() const { return path_; }
+  /// Tells a site without tensors of its own the type and the device of those around it.
+  virtual void set_surroundings(torch::ScalarType, torch::Device) {}
   /// The last segment of its path, for a site that a parent holds under `key`.
   virtual std::string segment(const std::string& key) const { return key; }
 
@@ -153,6 +171,17 @@ class SiteImpl : public nn::Module {
            named_buffers(false).contains(name);
   }
 
+  /// Says that this site's weight is the matrix of `words`: what acts on it in all its uses
+  /// (`PieceImpl::follows_ties`) acts here too, while both are one. A model says it again of its clones.
+  void tie_to(const std::shared_ptr<SiteImpl>& words) {
+    words_ = words;
+    std::erase_if(words->heads_,
+                  [this](const auto& head) { return head.expired() || head.lock().get() == this; });
+    words->heads_.push_back(std::dynamic_pointer_cast<SiteImpl>(shared_from_this()));
+  }
+  /// True if the adapter has pieces here, or such that act here.
+  bool acts(const std::string& adapter) const { return !resolve({adapter}).empty(); }
+
   const std::shared_ptr<Activation>& activation() const { return activation_; }
   void share(std::shared_ptr<Activation> activation) { activation_ = std::move(activation); }
   void set_record(const std::string& adapter, const std::shared_ptr<AdapterRecord>& record) {
@@ -165,8 +194,8 @@ class SiteImpl : public nn::Module {
   virtual Weights base_weights() const = 0;
   /// W′ − W of one adapter alone, in the weight's layout.
   virtual Weights delta(const std::string& adapter) const = 0;
-  /// Effective weights of these adapters composed in order, computed out of place.
-  virtual Weights merged_weights(const std::vector<std::string>& adapters) const = 0;
+  /// Effective weights of these adapters, computed out of place.
+  virtual Weights merged_weights(const Composition& adapters) const = 0;
   /// Puts other values behind the base's parameters, keeping the old ones for `unmerge` if `keep`.
   virtual void swap_in(const Weights& weights, std::vector<std::string> adapters, bool keep) = 0;
   /// Puts the kept values back, bit for bit.
@@ -177,6 +206,55 @@ class SiteImpl : public nn::Module {
 
   /// Base parameters under their keys, adapters left out.
   virtual torch::OrderedDict<std::string, Tensor> base_parameters() const = 0;
+
+  /// The pieces of these adapters here.
+  PieceTree resolve(const Composition& composition) const {
+    PieceTree tree;
+    tree.block = composition.block;
+    if (composition.is_adapter()) {
+      if (const auto words = tied_words()) {
+        for (const auto& attached : words->pieces(composition.name)) {
+          if (attached.piece->follows_ties()) tree.pieces.push_back(attached.piece.get());
+        }
+      }
+      for (const auto& attached : pieces(composition.name)) tree.pieces.push_back(attached.piece.get());
+      return tree;
+    }
+    tree.lengths = composition.lengths;
+    tree.weights = composition.weights;
+    if (!composition.name.empty() && !pieces(composition.name).empty()) {
+      tree.fusion = pieces(composition.name).front().piece.get();
+    }
+    for (const auto& child : composition.children) tree.children.push_back(resolve(child));
+    if (tree.block != Composition::Block::stack) return tree;
+    std::erase_if(tree.children, [](const PieceTree& child) { return child.empty(); });
+    const bool flat = std::all_of(tree.children.begin(), tree.children.end(), [](const PieceTree& child) {
+      return child.block == Composition::Block::adapter;
+    });
+    if (!flat) return tree;
+    for (const auto& child : tree.children) {
+      tree.pieces.insert(tree.pieces.end(), child.pieces.begin(), child.pieces.end());
+    }
+    tree.children.clear();
+    return tree;
+  }
+  /// Why the site cannot run a tree, or an empty string.
+  virtual std::string refusal(const PieceTree& tree) const = 0;
+
+  /// How often a model repeats its inputs: N under an active `Parallel` of N adapters, else 1. For a model's
+  /// forward, inside its `ForwardScope`, before its other sites; outputs then have N · batch rows.
+  /// Throws: c10::Error for a Parallel outside any scope. Example:
+  /// ```
+  /// const auto branches = words->branches();
+  /// auto x = words->forward(branches > 1 ? ids.repeat({branches, 1}) : ids);
+  /// ```
+  int64_t branches() const { return RowAdapters::current() ? 1 : ForwardScope::branches(activation_); }
+  /// True if rows of one batch use different adapters: a model must then not let one row serve others.
+  bool by_rows() const {
+    if (RowAdapters::current()) return true;
+    const auto set = ForwardScope::active(activation_);
+    return set->enabled && set->composition.by_rows();
+  }
 
   /// Reads a checkpoint that may come from the plain layer, so lack the adapters.
   void load(torch::serialize::InputArchive& archive) override {
@@ -218,20 +296,39 @@ class SiteImpl : public nn::Module {
     train(other.is_training());
   }
 
-  /// The pieces of these adapters here, bottom first.
-  std::vector<PieceImpl*> resolve(const std::vector<std::string>& names) const {
-    std::vector<PieceImpl*> found;
-    for (const auto& name : names) {
-      for (const auto& attached : pieces(name)) found.push_back(attached.piece.get());
-    }
-    return found;
-  }
-
   /// The snapshot this forward works with, or nullptr where no adapter can matter.
   std::shared_ptr<const ActiveSet> active_set() const {
-    if (adapters_.empty() || is_merged()) return nullptr;
+    if ((adapters_.empty() && words_.expired()) || is_merged()) return nullptr;
     auto set = ForwardScope::active(activation_);
     return set->enabled ? set : nullptr;
+  }
+
+  /// Runs a site's forward over its active pieces: `run(flow, tree)` for the flow's rows that use them, where
+  /// blocks that divide the batch hold one child. Rows are put back in their places; a tensor that only some
+  /// of them have is `missing(i, flow)` of the others, or 0.
+  template <class Run>
+  Flow route(const Flow& in, const Run& run, const Missing& missing = {}) const {
+    const auto* names = RowAdapters::current();
+    TORCH_CHECK(!names || !is_merged(), "RowAdapters: '", path_, "' is merged (hint: unmerge first)");
+    if (names) return run_groups(in, groups_of(*names, in), run, missing);
+    const auto set = active_set();
+    const auto tree = set ? resolve(set->composition) : PieceTree();
+    if (!tree.by_rows()) return run(in, tree);
+    TORCH_CHECK(!tree.holds(Composition::Block::parallel) || ForwardScope::repeats(activation_),
+                "Parallel: '", path_, "' got a batch that its model has not repeated for ",
+                set->composition.branches(),
+                " adapters (hint: a model asks a site for branches() in its forward)");
+    std::set<int64_t> starts;
+    const auto batch = rows(in);
+    cut(tree, 0, batch, starts);
+    std::vector<Group> groups;
+    for (auto start = starts.begin(); start != starts.end() && *start < batch; ++start) {
+      const auto end = std::next(start) == starts.end() ? batch : *std::next(start);
+      std::vector<int64_t> members(static_cast<size_t>(end - *start));
+      std::iota(members.begin(), members.end(), *start);
+      groups.push_back({std::move(members), of_row(tree, 0, batch, *start)});
+    }
+    return run_groups(in, groups, run, missing);
   }
 
   struct Slot {
@@ -243,7 +340,138 @@ class SiteImpl : public nn::Module {
   std::vector<std::string> merged_;
 
  private:
+  /// The site whose matrix is this one's, while both are one.
+  std::shared_ptr<SiteImpl> tied_words() const {
+    auto words = words_.lock();
+    const bool one = words && words->base_weights().weight.data_ptr() == base_weights().weight.data_ptr();
+    return one ? words : nullptr;
+  }
+
+  /// Rows of a batch that use the same pieces.
+  struct Group {
+    std::vector<int64_t> rows;
+    PieceTree tree;
+  };
+
+  static int64_t rows(const Flow& in) {
+    int64_t batch = 1;
+    for (const auto& tensor : in) batch = tensor.defined() ? std::max(batch, tensor.size(0)) : batch;
+    return batch;
+  }
+
+  /// Of `RowAdapters`.
+  std::vector<Group> groups_of(const std::vector<std::string>& names, const Flow& in) const {
+    TORCH_CHECK(!is_training(), "RowAdapters: mixed batches are for inference, but '", path_,
+                "' is in training mode");
+    const auto set = ForwardScope::active(activation_);
+    std::map<std::string, std::vector<int64_t>> members;
+    bool touched = false;
+    for (size_t i = 0; i < names.size(); ++i) {
+      TORCH_CHECK_VALUE(names[i] == RowAdapters::base || set->knows(names[i]), "RowAdapters: no adapter '",
+                        names[i], "' in this model; it has ", internal::closest(names[i], set->known));
+      members[names[i]].push_back(static_cast<int64_t>(i));
+      touched = touched || acts(names[i]);
+    }
+    if (!touched || !set->enabled) return {};
+    const auto batch = rows(in);
+    TORCH_CHECK_VALUE(batch == static_cast<int64_t>(names.size()), "RowAdapters: '", path_, "' expected ",
+                      names.size(), " rows, one a name, but got ", batch);
+    std::vector<Group> groups;
+    for (auto& [name, own] : members) groups.push_back({std::move(own), resolve(name)});
+    return groups;
+  }
+
+  /// Rows of each child of a block that divides `count` rows.
+  std::vector<int64_t> row_counts(const PieceTree& tree, int64_t count) const {
+    const auto children = static_cast<int64_t>(tree.children.size());
+    if (tree.block == Composition::Block::parallel) {
+      TORCH_CHECK_VALUE(count % children == 0, "Parallel: '", path_, "' expected a multiple of ", children,
+                        " rows, but got ", count);
+      return std::vector<int64_t>(tree.children.size(), count / children);
+    }
+    const auto total = std::accumulate(tree.lengths.begin(), tree.lengths.end(), int64_t{0});
+    TORCH_CHECK_VALUE(total == count, "BatchSplit: sizes must be those of the batch, ", count,
+                      " rows, but got ", internal::shape_text(tree.lengths), " at '", path_, "'");
+    return tree.lengths;
+  }
+  /// Where rows begin that use other pieces than the row before.
+  void cut(const PieceTree& tree, int64_t first, int64_t count, std::set<int64_t>& starts) const {
+    starts.insert(first);
+    if (!tree.divides_rows()) {
+      for (const auto& child : tree.children) cut(child, first, count, starts);
+      return;
+    }
+    const auto counts = row_counts(tree, count);
+    for (size_t i = 0; i < counts.size(); ++i) {
+      cut(tree.children[i], first, counts[i], starts);
+      first += counts[i];
+    }
+  }
+  /// The tree of one row.
+  PieceTree of_row(const PieceTree& tree, int64_t first, int64_t count, int64_t row) const {
+    auto result = tree;
+    if (!tree.divides_rows()) {
+      for (auto& child : result.children) child = of_row(child, first, count, row);
+      return result;
+    }
+    const auto counts = row_counts(tree, count);
+    size_t i = 0;
+    for (; row >= first + counts[i]; ++i) first += counts[i];
+    result.children = {of_row(tree.children[i], first, counts[i], row)};
+    return result;
+  }
+
+  /// Runs each group on its rows; without groups, all rows without pieces.
+  template <class Run>
+  Flow run_groups(const Flow& in, const std::vector<Group>& groups, const Run& run,
+                  const Missing& missing) const {
+    if (groups.empty()) return run(in, PieceTree());
+    const auto batch = rows(in);
+    std::vector<int64_t> order;
+    std::vector<Flow> parts;
+    for (const auto& group : groups) {
+      const auto& own = group.rows;
+      const auto count = static_cast<int64_t>(own.size());
+      const bool is_range = own.back() - own.front() + 1 == count;
+      Flow part = in;
+      for (auto& tensor : part) {
+        if (!tensor.defined() || tensor.size(0) != batch) continue;
+        tensor = is_range ? tensor.narrow(0, own.front(), count)
+                          : tensor.index_select(0, torch::tensor(own, torch::kLong).to(tensor.device()));
+      }
+      parts.push_back(run(part, group.tree));
+      order.insert(order.end(), own.begin(), own.end());
+    }
+    Flow result(parts.front().size());
+    for (size_t i = 0; i < result.size(); ++i) {
+      const auto made =
+          std::find_if(parts.begin(), parts.end(), [i](const Flow& part) { return part[i].defined(); });
+      if (made == parts.end()) continue;
+      const auto like = (*made)[i];
+      std::vector<Tensor> pieces;
+      for (size_t g = 0; g < groups.size(); ++g) {
+        auto shape = like.sizes().vec();
+        shape[0] = static_cast<int64_t>(groups[g].rows.size());
+        auto part = parts[g][i];
+        if (!part.defined() && missing) part = missing(i, parts[g]);
+        if (!part.defined()) part = torch::zeros(shape, like.options());
+        TORCH_CHECK_VALUE(part.sizes().slice(1) == like.sizes().slice(1), "'", path_,
+                          "': the adapters of these rows make tensors of different lengths, ",
+                          internal::shape_text(like.sizes()), " and ", internal::shape_text(part.sizes()));
+        // One row that a group shares serves every row of it.
+        pieces.push_back(part.expand(shape));
+      }
+      result[i] = torch::cat(pieces);
+      if (std::is_sorted(order.begin(), order.end())) continue;
+      const auto places = torch::tensor(order, torch::kLong).argsort();
+      result[i] = result[i].index_select(0, places.to(like.device()));
+    }
+    return result;
+  }
+
   std::string path_;
+  std::weak_ptr<SiteImpl> words_;               ///< whose matrix is this site's too
+  std::vector<std::weak_ptr<SiteImpl>> heads_;  ///< whose matrix this site's is
   std::shared_ptr<Activation> activation_ = std::make_shared<Activation>();
 };
 

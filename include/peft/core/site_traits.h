@@ -13,10 +13,14 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "peft/core/attention_options.h"
 #include "peft/core/compat.h"
+#include "peft/core/input_options.h"
 
 namespace peft {
 
@@ -51,6 +55,41 @@ inline const char* to_string(Needs needs) {
   return "?";
 }
 
+/// What a method asks of a site where any of several things will do. Example: `static constexpr AnyOf
+/// needs{Needs::residual, Needs::function};`.
+class AnyOf {
+ public:
+  constexpr AnyOf(Needs one) : AnyOf({one}) {}
+  constexpr AnyOf(std::initializer_list<Needs> several) {
+    for (const auto needs : several) bits_ |= bit(needs);
+  }
+  constexpr bool holds(Needs needs) const { return bits_ & bit(needs); }
+  friend constexpr bool operator==(const AnyOf&, const AnyOf&) = default;
+
+ private:
+  static constexpr unsigned bit(Needs needs) { return 1U << static_cast<unsigned>(needs); }
+  unsigned bits_ = 0;
+};
+
+/// Words for an error message: "a residual join or a function of one input".
+inline std::string to_string(const AnyOf& any) {
+  std::string text;
+  for (const auto needs :
+       {Needs::residual, Needs::attention, Needs::input, Needs::function, Needs::weights}) {
+    if (any.holds(needs)) text += (text.empty() ? "" : " or ") + std::string(to_string(needs));
+  }
+  return text;
+}
+
+/// After which sublayer a residual join stands.
+enum class JoinRole : std::uint8_t { attention, cross_attention, feed_forward };
+
+/// Where a residual join stands in its model.
+struct JoinPlace {
+  JoinRole role;
+  int64_t layer;  ///< its index in the stack
+};
+
 /// How Hugging Face PEFT's files name a site that is no module there.
 struct FileNames {
   enum class Kind : std::uint8_t {
@@ -74,7 +113,9 @@ struct SiteInfo {
   std::vector<int64_t> bias_shape;    ///< empty if there is no bias
   std::vector<int64_t>
       fan_in;  ///< inputs of one output: {in}, {C, kh, kw}, {num_embeddings}; empty: no low-rank form
-  int64_t fan_out = 0;           ///< outputs: out, O, embedding_dim
+  int64_t fan_out = 0;  ///< outputs: out, O, embedding_dim
+  int64_t width =
+      0;  ///< of the activations, their last dimension, where a method may work on them; 0: unknown
   int64_t groups = 1;            ///< of a convolution
   bool lookup = false;           ///< the input is indices, not activations
   int64_t padding_row = -1;      ///< of a lookup: the row that gets no gradient
@@ -87,9 +128,13 @@ struct SiteInfo {
   int64_t experts = 1, expert_in = 0;
   /// (out, in) of the layer whose low-rank factors the reference draws, and discards, before this one's.
   std::vector<int64_t> drawn_before;
+  std::optional<AttentionOptions> attention;  ///< of an attention
+  std::optional<InputOptions> input;          ///< of a place where tokens enter
+  std::optional<JoinPlace> join;              ///< of a residual join whose model says where it stands
   torch::ScalarType dtype = torch::kFloat32;
   torch::Device device = torch::kCPU;
   FileNames files;
+  std::vector<std::string> tied;  ///< paths of the sites whose weight is this one's too (a head, of words)
 
   /// What names in options and configs are compared with: the path, or that of the module above of a part.
   std::string target() const {
@@ -98,7 +143,9 @@ struct SiteInfo {
     return dot == std::string::npos ? "" : path.substr(0, dot);
   }
   bool has_bias() const { return !bias_shape.empty(); }
-  bool offers_to(Needs needs) const { return std::find(offers.begin(), offers.end(), needs) != offers.end(); }
+  bool offers_to(const AnyOf& needs) const {
+    return std::any_of(offers.begin(), offers.end(), [&](Needs offer) { return needs.holds(offer); });
+  }
 };
 
 /// The primary template is constrained away: a layer without a specialisation offers only its function.
@@ -139,6 +186,7 @@ struct SiteTraits<nn::Linear> {
     auto info = internal::weighted_info("Linear", weights(layer));
     info.fan_in = {layer->weight.size(1)};
     info.fan_out = layer->weight.size(0);
+    info.width = info.fan_out;
     return info;
   }
 };
@@ -168,6 +216,7 @@ struct SiteTraits<nn::Embedding> {
     info.lookup = true;
     info.padding_row = layer->options.padding_idx().value_or(-1);
     info.rescales_rows = layer->options.max_norm() || layer->options.scale_grad_by_freq();
+    info.width = info.fan_out;
     return info;
   }
 };
@@ -180,7 +229,9 @@ struct SiteTraits<nn::LayerNorm> {
     return at::layer_norm(x, layer->options.normalized_shape(), w.weight, w.bias, layer->options.eps());
   }
   static SiteInfo info(const nn::LayerNorm& layer) {
-    return internal::weighted_info("LayerNorm", weights(layer));
+    auto info = internal::weighted_info("LayerNorm", weights(layer));
+    info.width = layer->options.normalized_shape().back();
+    return info;
   }
 };
 

@@ -1,6 +1,9 @@
 // WeightSite: what sites with weights have in common: effective weights, merging.
 #pragma once
 
+#include <cmath>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -29,25 +32,127 @@ class PieceView final : public LayerView {
   PieceImpl& piece_;
 };
 
-/// Calls `use` with the view on top of these pieces; the views live on the stack.
-template <class Use>
-auto with_pieces(const LayerView& view, PieceImpl* const* begin, PieceImpl* const* end, const Use& use) {
-  if (begin == end) return use(view);
-  const PieceView next(view, **begin);
-  return with_pieces(next, begin + 1, end, use);
-}
+/// F + Σ wᵢ (Fᵢ − F), of several views on one layer F.
+class AverageView final : public LayerView {
+ public:
+  AverageView(const LayerView& below, std::vector<const LayerView*> branches, std::vector<double> weights)
+      : below_(below), branches_(std::move(branches)), weights_(std::move(weights)) {
+    for (const auto weight : weights_) rest_ -= weight;
+    if (std::abs(rest_) < 1e-12) return;
+    branches_.push_back(&below_);
+    weights_.push_back(rest_);
+  }
+  Tensor forward(const Tensor& x) const override {
+    return sum([&](const LayerView& branch) { return branch.forward(x); });
+  }
+  Weights weights() const override {
+    const auto bias = [](const LayerView& branch) { return branch.weights().bias; };
+    return {sum([](const LayerView& branch) { return branch.weights().weight; }),
+            bias(below_).defined() ? sum(bias) : Tensor()};
+  }
+  Tensor apply(const Tensor& x, const Weights& weights) const override { return base().apply(x, weights); }
+  Tensor low_rank(const Tensor& x, const Tensor& A, const Tensor& B) const override {
+    return base().low_rank(x, A, B);
+  }
+  Tensor fold(const Tensor& BA) const override { return base().fold(BA); }
+  const LayerView& base() const override { return below_.base(); }
+
+ private:
+  template <class Of>
+  Tensor sum(const Of& of) const {
+    Tensor total;
+    for (size_t i = 0; i < branches_.size(); ++i) {
+      const auto term = of(*branches_[i]) * weights_[i];
+      total = total.defined() ? total + term : term;
+    }
+    return total;
+  }
+
+  const LayerView& below_;
+  std::vector<const LayerView*> branches_;
+  std::vector<double> weights_;
+  double rest_ = 1;
+};
+
+/// Views on ranges of tokens, of a layer that treats each token by itself.
+class SplitView final : public LayerView {
+ public:
+  SplitView(const LayerView& below, std::vector<const LayerView*> parts, std::vector<int64_t> lengths,
+            std::string path)
+      : below_(below), parts_(std::move(parts)), lengths_(std::move(lengths)), path_(std::move(path)) {}
+  Tensor forward(const Tensor& x) const override {
+    check_split(lengths_, x, path_);
+    std::vector<Tensor> outputs;
+    int64_t start = 0;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      outputs.push_back(parts_[i]->forward(x.narrow(1, start, lengths_[i])));
+      start += lengths_[i];
+    }
+    return torch::cat(outputs, 1);
+  }
+  Weights weights() const override {
+    TORCH_CHECK(false, "Split: '", path_, "' has no one weight for all tokens");
+    return {};
+  }
+  Tensor apply(const Tensor& x, const Weights& weights) const override { return base().apply(x, weights); }
+  Tensor low_rank(const Tensor& x, const Tensor& A, const Tensor& B) const override {
+    return base().low_rank(x, A, B);
+  }
+  Tensor fold(const Tensor& BA) const override { return base().fold(BA); }
+  const LayerView& base() const override { return below_.base(); }
+
+  /// Throws where the lengths are not those of the tokens, in dimension 1.
+  static void check_split(const std::vector<int64_t>& lengths, const Tensor& x, const std::string& path) {
+    const auto total = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+    TORCH_CHECK_VALUE(x.dim() > 1 && total == x.size(1), "Split: lengths must be those of the text, ",
+                      x.dim() > 1 ? x.size(1) : 0, " tokens, but got ", shape_text(lengths), " at '", path,
+                      "'");
+  }
+
+ private:
+  const LayerView& below_;
+  std::vector<const LayerView*> parts_;
+  std::vector<int64_t> lengths_;
+  std::string path_;
+};
+
+/// The views of one forward.
+class Views {
+ public:
+  explicit Views(std::string path) : path_(std::move(path)) {}
+
+  /// `below` under these pieces.
+  const LayerView& on(const LayerView& below, const PieceTree& tree) {
+    using Block = Composition::Block;
+    if (tree.empty()) return below;
+    if (tree.block == Block::average || tree.block == Block::split) {
+      std::vector<const LayerView*> parts;
+      for (const auto& child : tree.children) parts.push_back(&on(below, child));
+      if (tree.block == Block::split) {
+        return keep(std::make_unique<SplitView>(below, std::move(parts), tree.lengths, path_));
+      }
+      return keep(std::make_unique<AverageView>(below, std::move(parts), tree.weights));
+    }
+    const auto* top = &below;
+    for (auto* piece : tree.pieces) top = &keep(std::make_unique<PieceView>(*top, *piece));
+    for (const auto& child : tree.children) top = &on(*top, child);
+    return *top;
+  }
+
+ private:
+  const LayerView& keep(std::unique_ptr<LayerView> view) { return *views_.emplace_back(std::move(view)); }
+  std::string path_;
+  std::vector<std::unique_ptr<LayerView>> views_;
+};
 
 /// A site that knows its base's weights: what pieces make of them, and merging.
 class WeightSite : public SiteImpl {
  public:
   using SiteImpl::SiteImpl;
 
-  Weights merged_weights(const std::vector<std::string>& adapters) const override {
+  Weights merged_weights(const Composition& adapters) const override {
     torch::NoGradGuard no_grad;
-    const auto view = base_view();
-    const auto pieces = resolve(adapters);
-    return with_pieces(*view, pieces.data(), pieces.data() + pieces.size(),
-                       [](const LayerView& top) { return top.weights(); });
+    return weights_under(resolve(adapters));
   }
 
   /// W′ and b′ under the active adapters, with gradients: for sites whose layer runs on them. Throws where
@@ -64,17 +169,27 @@ class WeightSite : public SiteImpl {
       return base_weights();
     }
     const auto set = active_set();
-    if (!set) return base_weights();
-    const auto view = base_view();
-    const auto pieces = resolve(set->active);
-    return with_pieces(*view, pieces.data(), pieces.data() + pieces.size(),
-                       [](const LayerView& top) { return top.weights(); });
+    return set ? weights_under(resolve(set->composition)) : base_weights();
+  }
+
+  std::string refusal(const PieceTree& tree) const override {
+    if (tree.empty()) return {};
+    using Block = Composition::Block;
+    const auto site = base_info();
+    if (tree.holds(Block::fuse)) return "Fuse needs methods that work on a residual join";
+    if (site.weights_only && (tree.by_rows() || tree.holds(Block::split))) {
+      return "it runs on one weight for the whole batch and all tokens";
+    }
+    if (tree.holds(Block::split) && site.fan_in.size() != 1 && site.layer != "LayerNorm") {
+      return "Split needs a layer that treats each token by itself";
+    }
+    return {};
   }
 
   Weights delta(const std::string& adapter) const override {
     torch::NoGradGuard no_grad;
     const auto before = base_weights();
-    const auto after = merged_weights({adapter});
+    const auto after = merged_weights(adapter);
     Weights difference;
     if (after.weight.defined()) difference.weight = after.weight - before.weight;
     if (after.bias.defined())
@@ -127,6 +242,12 @@ class WeightSite : public SiteImpl {
   }
 
  private:
+  Weights weights_under(const PieceTree& tree) const {
+    const auto view = base_view();
+    Views views(path());
+    return views.on(*view, tree).weights();
+  }
+
   /// Another handle on the same memory, unmoved by a later `set_data` on the parameter.
   static Tensor alias(const Tensor& parameter) { return parameter.defined() ? parameter.detach() : Tensor(); }
 

@@ -202,6 +202,8 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   }
   try {
     if (!owned.empty()) config.format->complete(owned);
+    const auto why = trainable && !owned.empty() ? config.format->untrainable(owned) : std::string();
+    if (!why.empty()) problems.add(why);
   } catch (const c10::Error& error) {
     problems.add(error.what_without_backtrace());
     problems.raise(title);
@@ -211,6 +213,8 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   problems.raise(title);
 
   file.copy_into(tensors);
+  if (!owned.empty()) config.format->check_loaded(owned, problems);
+  problems.raise(title);
   for (const auto& key : file.not_finite()) note(file.file() + ": '" + key + "' holds NaN or infinity");
   if (!config.task_type.empty()) record->model.task_type = config.task_type;
   if (!config.base_model.empty()) record->model.name_or_path = config.base_model;

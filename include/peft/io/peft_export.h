@@ -56,6 +56,12 @@ class PeftExporter {
         }
       }
     }
+    if (config_.own && config_.format && !config_.format->wraps_layers()) {
+      Problems problems;
+      problems.add(notes_.back() + ", nor has this library's form words for a " + config_.format->title() +
+                   " (hint: make them two adapters)");
+      raise(problems);
+    }
     if (config_.own) set_own();
     check_head();
     return json().dump(2);
@@ -139,6 +145,11 @@ class PeftExporter {
     if (!config_.layers_pattern.empty()) json["layers_pattern"] = config_.layers_pattern;
     if (config_.bias == BiasMode::all) json["bias"] = "all";
     if (config_.bias == BiasMode::targets) json["bias"] = format->bias_of_targets();
+    if (knows("fan_in_fan_out")) {
+      json["fan_in_fan_out"] = std::any_of(methods_.begin(), methods_.end(), [](const Entry& entry) {
+        return entry.piece->site().fan_in_fan_out;
+      });
+    }
     Problems problems;
     format->write(methods_, json, notes_, problems);
     raise(problems);
@@ -334,6 +345,14 @@ class PeftExporter {
     if (found == heads.end() || config_.own) return;
     const auto is_head = [&](const Entry& entry) { return lies_under(path(entry), found->second); };
     if (std::any_of(saved_.begin(), saved_.end(), is_head)) return;
+    if (config_.format && !config_.format->wraps_layers()) {
+      notes_.push_back(
+          "the task type " + config_.task_type +
+          " is written as FEATURE_EXTRACTION: with it Python asks for a trained head, which this "
+          "adapter does not have (it then drops token types)");
+      config_.task_type = "FEATURE_EXTRACTION";
+      return;
+    }
     notes_.push_back(
         "the task type " + config_.task_type +
         " is left out: with it Python asks for a trained head, which this adapter does not have");

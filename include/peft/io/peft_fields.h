@@ -29,8 +29,14 @@ using Note = std::function<void(const std::string&)>;
 class ConfigFields {
  public:
   /// `model_type`: Hugging Face's name of the base's kind, on which some defaults depend.
-  ConfigFields(nlohmann::ordered_json json, std::string model_type, Problems& problems, const Note& note)
-      : json_(std::move(json)), model_type_(std::move(model_type)), problems_(problems), note_(note) {}
+  /// `file`: what messages call it.
+  ConfigFields(nlohmann::ordered_json json, std::string model_type, Problems& problems, const Note& note,
+               std::string file = config_file_name)
+      : json_(std::move(json)),
+        model_type_(std::move(model_type)),
+        problems_(problems),
+        note_(note),
+        file_(std::move(file)) {}
 
   /// True where the key is there and is not null.
   bool has(const std::string& key) const { return json_.contains(key) && !json_[key].is_null(); }
@@ -41,7 +47,7 @@ class ConfigFields {
   }
   const nlohmann::ordered_json& json() const { return json_; }
   const std::string& model_type() const { return model_type_; }
-  void note(const std::string& line) const { note_(std::string(config_file_name) + ": " + line); }
+  void note(const std::string& line) const { note_(file_ + ": " + line); }
 
   /// Notes that a value will not do: "adapter_config.json: 'r' must be …, but got 0". `decides_shapes`: what
   /// the file of tensors must hold cannot be known now, so it is not compared.
@@ -51,7 +57,7 @@ class ConfigFields {
   }
   /// The same in whole words.
   void refuse(const std::string& line, bool decides_shapes = true) {
-    problems_.add(std::string(config_file_name) + ": " + line);
+    problems_.add(file_ + ": " + line);
     if (decides_shapes) usable_ = false;
   }
   /// Refuses features this library does not have: keys that are neither null, false nor empty.
@@ -165,6 +171,7 @@ class ConfigFields {
   std::string model_type_;
   Problems& problems_;
   const Note& note_;
+  std::string file_;
   bool usable_ = true;
 };
 

@@ -68,6 +68,10 @@ class PeftFormat {
   /// Tensors that no layer owns, under their whole key in the file ("base_model.vera_A"). Those that this
   /// adapter's files lack are left out.
   virtual std::vector<DiskTensor> shared_tensors(const Entries&) const { return {}; }
+  /// False where Python's model lies right in its wrapper, so that keys begin with "base_model." only.
+  virtual bool wraps_layers() const { return true; }
+  /// Why pieces that `read` made cannot train on, or an empty string.
+  virtual std::string untrainable(const Entries&) const { return {}; }
   /// The key that 0.21.2 writes for one of a file: for names older versions wrote.
   virtual std::string current_key(const std::string& key) const { return key; }
 
@@ -85,6 +89,9 @@ class PeftFormat {
   /// the global generator left as it was found. May throw c10::Error for a config that does not fit the
   /// layers.
   virtual void complete(const Entries&) const {}
+  /// After the values of these pieces were read, before the model is changed: what no shape or type says of
+  /// them. Adds to the problems.
+  virtual void check_loaded(const Entries&, Problems&) const {}
 
   /// Why Python cannot read these pieces, though there are keys for them, or an empty string.
   virtual std::string unreadable(const Entries& entries) const;

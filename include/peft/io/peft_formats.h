@@ -14,7 +14,13 @@
 #include "peft/io/formats/loha.h"
 #include "peft/io/formats/lokr.h"
 #include "peft/io/formats/lora.h"
+#include "peft/io/formats/masked.h"
+#include "peft/io/formats/multitask_prompt_tuning.h"
+#include "peft/io/formats/new_bias.h"
 #include "peft/io/formats/oft.h"
+#include "peft/io/formats/p_tuning.h"
+#include "peft/io/formats/prefix_tuning.h"
+#include "peft/io/formats/prompt_tuning.h"
 #include "peft/io/formats/trainable_tokens.h"
 #include "peft/io/formats/vera.h"
 #include "peft/io/peft_format.h"
@@ -37,6 +43,13 @@ inline const std::vector<std::unique_ptr<const PeftFormat>>& peft_formats() {
     rows.push_back(std::make_unique<VeraFormat>());
     rows.push_back(std::make_unique<OftFormat>());
     rows.push_back(std::make_unique<BoftFormat>());
+    rows.push_back(std::make_unique<PromptTuningFormat>());
+    rows.push_back(std::make_unique<PTuningFormat>());
+    rows.push_back(std::make_unique<PrefixTuningFormat>());
+    rows.push_back(std::make_unique<MultitaskPromptTuningFormat>());
+    rows.push_back(std::make_unique<MaskedFormat>());
+    rows.push_back(std::make_unique<RowsFormat>());
+    rows.push_back(std::make_unique<NewBiasFormat>());
     return rows;
   }();
   return table;

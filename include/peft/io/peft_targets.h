@@ -185,7 +185,8 @@ class ModuleFinder {
     const auto& path = node.path;
     if (path.empty()) return false;
     if (config.all_linear) {
-      const bool linear = node.site ? node.site->info().layer == "Linear"
+      const auto layer = node.site ? node.site->info().layer : "";
+      const bool linear = node.site ? layer == "Linear" || layer == "Conv1D"
                                     : std::dynamic_pointer_cast<nn::LinearImpl>(node.module) != nullptr;
       const bool head =
           path == "lm_head" || (config.task_type == "SEQ_CLS" && (path == "classifier" || path == "score"));

@@ -49,6 +49,9 @@ inline std::vector<DiskTensor> keyed_tensors(const Entries& entries, const PeftF
     }
   }
   if (owned.empty()) return keyed;
+  if (!format->wraps_layers()) {
+    for (auto& tensor : keyed) tensor.name = "base_model." + tensor.name.substr(model_prefix.size());
+  }
   for (auto& tensor : format->shared_tensors(owned)) keyed.push_back(std::move(tensor));
   return keyed;
 }
@@ -98,10 +101,14 @@ class AdapterTensors {
       } else if (found->second.tensor.sizes() != tensor.sizes()) {
         complain(key, "expected " + shape_text(tensor.sizes()) + ", but got " +
                           shape_text(found->second.tensor.sizes()) + " (hint: other rank or base model?)");
+      } else if (!tensor.is_floating_point() && found->second.tensor.is_floating_point()) {
+        complain(key, "expected I32 or I64 values, but got others");
       }
+      if (tensor.is_floating_point()) check_floating(key);
     }
     for (const auto& [key, item] : tensors_) {
       if (keys.count(key) || is_read_past(key)) continue;
+      check_floating(key);
       const auto base = repeated.find(key);
       if (base == repeated.end()) {
         complain(key, "expected no such tensor, but got " + shape_text(item.tensor.sizes()));
@@ -132,7 +139,17 @@ class AdapterTensors {
   struct Item {
     std::string key;  ///< in the file
     Tensor tensor;
+    std::string integer;  ///< the file's name of its type, of integers
   };
+
+  std::string not_floating(const std::string& key, const std::string& dtype) const {
+    return file_ + ": '" + key + "' expected F32, F16, BF16 or F64 values, but got " + dtype;
+  }
+  void check_floating(const std::string& key) {
+    const auto found = tensors_.find(key);
+    if (found == tensors_.end() || found->second.integer.empty()) return;
+    problems_.add(not_floating(found->second.key, found->second.integer));
+  }
 
   void read(const SafetensorsFile& file) {
     for (const auto& key : file.names()) {
@@ -145,11 +162,12 @@ class AdapterTensors {
   void add(const std::string& key, const Tensor& tensor, const std::string& dtype) {
     static const std::set<std::string> floating{"F32",   "F16",  "BF16",     "F64",
                                                 "Float", "Half", "BFloat16", "Double"};
-    if (!floating.count(dtype)) {
-      problems_.add(file_ + ": '" + key + "' expected F32, F16, BF16 or F64 values, but got " + dtype);
-    }
+    // Which a few methods have: `check` knows whether this one has them here.
+    static const std::set<std::string> integers{"I32", "I64", "Int", "Long"};
+    if (!floating.count(dtype) && !integers.count(dtype)) problems_.add(not_floating(key, dtype));
     const auto whole = key.starts_with("base_model.") ? key : std::string(model_prefix) + key;
-    if (!tensors_.emplace(whole, Item{key, tensor}).second) {
+    const auto integer = integers.count(dtype) ? dtype : "";
+    if (!tensors_.emplace(whole, Item{key, tensor, integer}).second) {
       problems_.add(file_ + ": '" + inner(whole) + "' is there twice, with and without '" +
                     std::string(model_prefix) + "'");
     }

@@ -123,6 +123,7 @@ class DoraImpl : public Piece<DoraImpl, DoraOptions> {
 inline void check(const DoraOptions& options) {
   check(options.lora());
   TORCH_CHECK_VALUE(!options.lora().lora_bias(), "DoraOptions: lora_bias must be false, but got true");
+  TORCH_CHECK_VALUE(!options.lora().gating(), "DoraOptions: gating must be false, but got true");
   TORCH_CHECK_VALUE(options.lora().init() != LoraInit::mica,
                     "DoraOptions: init must not be mica, whose B is frozen, but got mica");
 }

@@ -39,18 +39,6 @@ inline Tensor rows_of(const Tensor& x, const Tensor& used, const std::string& pa
   return rows.index_select(0, used.reshape(-1).to(rows.device()).nonzero().view(-1));
 }
 
-/// Takes one piece off its site and out of its adapter.
-inline void remove_piece(const Adapter& adapter, const Adapter::Entry& gone) {
-  auto attached = gone.site->pieces(adapter.name());
-  gone.site->detach(adapter.name());
-  for (auto& other : attached) {
-    if (other.piece != gone.piece) gone.site->attach(std::move(other));
-  }
-  auto entries = adapter.entries();
-  std::erase_if(entries, [&](const Adapter::Entry& entry) { return entry.piece == gone.piece; });
-  adapter.set_entries(std::move(entries));
-}
-
 /// EVA's search: components of every layer's inputs, until as many have converged as the layer's rank asks.
 class EvaSearch {
  public:

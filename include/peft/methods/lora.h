@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "peft/core/piece.h"
+#include "peft/core/problems.h"
 #include "peft/methods/lora_options.h"
 
 namespace peft {
@@ -23,9 +24,11 @@ namespace peft {
 /// With `enable` of n blocks, k of them on: lora_A: (k · rank, in); lora_B: (k · out / n, rank).
 /// On a stack of e matrices, each with its own: lora_A: (e · rank, in), the expert the slowest axis; lora_B:
 /// (out, rank · e), the expert the fastest.
-/// Trains: lora_A, lora_B (not with `LoraInit::mica`), lora_B_bias. Count for a linear layer: r (in + out) [+
-/// out]. Throws: c10::ValueError for options out of range; c10::Error on merging a grouped convolution.
-/// Paper: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, equation 3.
+/// With `gating`: gate_weight: (1, in); gate_bias: (1).
+/// Trains: lora_A, lora_B (not with `LoraInit::mica`), lora_B_bias, the gate. Count for a linear layer: r (in
+/// + out) [+ out] [+ in + 1]. Throws: c10::ValueError for options out of range; c10::Error on merging a
+/// grouped convolution. Paper: LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
+/// equation 3.
 class LoraImpl : public Piece<LoraImpl, LoraOptions> {
  public:
   LoraImpl(LoraOptions settings, const SiteInfo& site);
@@ -33,6 +36,7 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     const auto y = start_forward(x, layer);
     const auto input = cast(x);
+    if (gate_weight.defined()) return y + gated(input, layer);
     if (!drops()) return y + update(input, layer);
     const auto dropped = torch::dropout(input, options.dropout(), true);
     return y + (lora_A_0.defined() ? update(dropped, layer) + undropped(input, dropped, layer)
@@ -49,6 +53,7 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   }
 
   std::string not_mergeable() const override {
+    if (gate_weight.defined()) return "LoRA with gating cannot be merged: the gate depends on the input";
     if (site().groups > 1)
       return "LoRA on a convolution of several groups cannot be merged: A sees all channels";
     if (lora_B_bias.defined() && !site().has_bias())
@@ -142,8 +147,9 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   int64_t rank;
   double alpha;
   Tensor lora_A, lora_B, lora_B_bias;
-  Tensor lora_A_0, lora_B_0;  ///< the start that is taken out of the base; undefined where there is none
-  Tensor loftq_weight;        ///< LoftQ's quantised weight, read back; undefined without
+  Tensor gate_weight, gate_bias;  ///< undefined without gating
+  Tensor lora_A_0, lora_B_0;      ///< the start that is taken out of the base; undefined where there is none
+  Tensor loftq_weight;            ///< LoftQ's quantised weight, read back; undefined without
 
  private:
   Tensor product(const Tensor& A, const Tensor& B) const {
@@ -151,6 +157,16 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     if (experts == 1) return at::mm(B, A);
     return at::bmm(B.view({B.size(0), rank, experts}).permute({2, 0, 1}), A.view({experts, rank, A.size(1)}));
   }
+  /// g · x (B A)ᵀ, the gate on what is not dropped.
+  Tensor gated(const Tensor& x, const LayerView& layer) const {
+    TORCH_CHECK_VALUE(x.dim() == 3, "Lora: '", site().path,
+                      "': a gate needs inputs (batch, time, in), but got ", internal::shape_text(x.sizes()));
+    const auto open = at::sigmoid(at::linear(x, gate_weight, gate_bias)).mean(1, /*keepdim=*/true);
+    const auto input = drops() ? torch::dropout(x, options.dropout(), true) : x;
+    return layer.low_rank(input, full_A(), full_B()) * open * factor_;
+  }
+  void draw_factors(const LayerView& base);
+
   double factor_ = 1.0;
 };
 
@@ -177,6 +193,10 @@ inline LoraImpl::LoraImpl(LoraOptions settings, const SiteInfo& site)
   lora_B = options.init() == LoraInit::mica ? register_buffer("lora_B", torch::empty(shape_B))
                                             : register_parameter("lora_B", torch::empty(shape_B));
   if (options.lora_bias()) lora_B_bias = register_parameter("lora_B_bias", torch::empty({site.fan_out}));
+  if (options.gating()) {
+    gate_weight = register_parameter("gate_weight", torch::empty({1, site.fan_in[0]}));
+    gate_bias = register_parameter("gate_bias", torch::empty({1}));
+  }
   if (internal::subtracts_start(options.init(), site)) {
     lora_A_0 = register_buffer("lora_A_0", torch::zeros(shape_A));
     lora_B_0 = register_buffer("lora_B_0", torch::zeros(shape_B));
@@ -188,6 +208,15 @@ inline LoraImpl::LoraImpl(LoraOptions settings, const SiteInfo& site)
 
 inline void LoraImpl::initialize(const LayerView& base) {
   torch::NoGradGuard no_grad;
+  draw_factors(base);
+  if (!gate_weight.defined()) return;
+  nn::init::kaiming_uniform_(gate_weight, std::sqrt(5.0));  // drawn and discarded, as in AdapterHub
+  const auto bound = 1.0 / std::sqrt(static_cast<double>(gate_weight.size(1)));
+  gate_bias.uniform_(-bound, bound);
+  gate_weight.normal_(0.0, 0.02);
+}
+
+inline void LoraImpl::draw_factors(const LayerView& base) {
   const auto weight = [&] {
     const auto W = base.weights().weight.detach().to(torch::kCPU, torch::kFloat32);
     return site().lookup || site().fan_in_fan_out ? W.t() : W;

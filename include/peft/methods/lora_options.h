@@ -49,6 +49,9 @@ struct LoraOptions {
   /// adapt, each with its own rank-r factors. Empty: the layer is one. As loralib's
   /// `MergedLinear(enable_lora)`.
   TORCH_ARG(std::vector<bool>, enable) = {};
+  /// In place of s: g = the mean over the tokens of σ(G x + g₀), one number a row of the batch (UniPELT,
+  /// arXiv 2110.07577). Linear layers with inputs (batch, time, in).
+  TORCH_ARG(bool, gating) = false;
 };
 
 /// Throws c10::ValueError, naming the option, if one is out of range.
@@ -96,6 +99,13 @@ inline std::string refusal(const LoraOptions& options, const SiteInfo& site) {
   if (internal::subtracts_start(options.init(), site) && alpha <= 0) {
     return std::string("init ") + to_string(options.init()) + " needs a positive alpha, but got " +
            c10::str(alpha);
+  }
+  if (options.gating()) {
+    if (site.fan_in.size() != 1 || site.lookup || site.weights_only || site.bare)
+      return name + " takes no gating";
+    if (options.lora_bias()) return "lora_bias cannot be combined with gating";
+    if (internal::subtracts_start(options.init(), site) || options.init() == LoraInit::loftq)
+      return std::string("init ") + to_string(options.init()) + " cannot be combined with gating";
   }
   if (const auto blocks = static_cast<int64_t>(options.enable().size()); blocks > 0) {
     if (site.fan_in.size() != 1 || site.lookup) return name + " has no blocks of rows to enable";

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -80,55 +82,126 @@ inline Adapter adapter(nn::Module& model, const std::string& name) {
   return handle;
 }
 
-/// Names of the adapters that are active, in the order they compose.
+/// Names of the adapters that are active, each once, in the order they compose.
 inline std::vector<std::string> active_adapters(nn::Module& model) {
   return internal::activation_of(internal::walk(model), "active_adapters")->get()->active;
 }
+
+namespace internal {
+
+/// The adapters that a row of the batch passes, in order: one list for each of a composition's paths.
+inline std::vector<std::vector<std::string>> paths_of(const Composition& composition) {
+  if (composition.is_adapter()) return {{composition.name}};
+  std::vector<std::vector<std::string>> paths;
+  if (composition.block != Composition::Block::stack) {
+    for (const auto& child : composition.children) {
+      const auto inner = paths_of(child);
+      paths.insert(paths.end(), inner.begin(), inner.end());
+    }
+    return paths;
+  }
+  paths.emplace_back();
+  for (const auto& child : composition.children) {
+    std::vector<std::vector<std::string>> longer;
+    for (const auto& before : paths) {
+      for (const auto& after : paths_of(child)) {
+        longer.push_back(before);
+        longer.back().insert(longer.back().end(), after.begin(), after.end());
+      }
+    }
+    paths = std::move(longer);
+  }
+  return paths;
+}
+
+/// What is wrong with these adapters on top of each other at one site.
+inline void check_path(const Node& node, const std::vector<std::string>& names,
+                       std::set<std::string>& complaints) {
+  std::string activations;
+  std::vector<std::pair<std::string, const PieceImpl*>> below;
+  for (const auto& name : names) {
+    for (const auto& attached : node.site->pieces(name)) {
+      for (const auto& [other, piece] : below) {
+        const auto why = other == name ? std::string() : attached.piece->conflict(*piece);
+        if (!why.empty()) complaints.insert("'" + node.path + "': '" + other + "' and '" + name + "' " + why);
+      }
+      below.emplace_back(name, attached.piece.get());
+      if (!attached.piece->stands_alone()) {
+        complaints.insert("'" + name + "' is a fusion (hint: peft::Fuse of the adapters it fuses)");
+      } else if (attached.piece->works_on_activations()) {
+        activations = attached.piece->method();
+      } else if (!activations.empty()) {
+        complaints.insert("'" + node.path + "': '" + attached.piece->method() + "' of '" + name +
+                          "' changes weights and cannot come after '" + activations + "'");
+      }
+    }
+  }
+}
+
+/// True where rows or tokens have weights of their own.
+inline bool divides(const Composition& composition) {
+  return composition.by_rows() || composition.holds(Composition::Block::split) ||
+         composition.holds(Composition::Block::fuse);
+}
+
+/// `set_active`.
+inline void set_composition(nn::Module& model, const Composition& composition) {
+  const auto nodes = walk(model);
+  const auto activation = activation_of(nodes, "set_active");
+  auto set = *activation->get();
+  Problems problems;
+  for (const auto& name : composition.names()) {
+    if (set.knows(name)) continue;
+    problems.add("the model has no adapter '" + name + "'" +
+                 (set.known.empty() ? "" : "; it has " + closest(name, set.known, 20)));
+  }
+  check_nesting(composition, problems);
+  std::set<size_t> branches;
+  count_branches(composition, branches);
+  if (branches.size() > 1) problems.add("all Parallels must have as many adapters as each other");
+  const auto paths = paths_of(composition);
+  std::set<std::string> twice;
+  for (auto path : paths) {
+    std::sort(path.begin(), path.end());
+    for (size_t i = 1; i < path.size(); ++i) {
+      if (path[i] == path[i - 1]) twice.insert(path[i]);
+    }
+  }
+  for (const auto& name : twice) problems.add("'" + name + "' is named twice");
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
+    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
+    std::set<std::string> complaints;
+    for (const auto& path : paths) check_path(node, path, complaints);
+    const auto tree = node.site->resolve(composition);
+    const auto why = tree.empty() ? std::string() : node.site->refusal(tree);
+    if (!why.empty()) complaints.insert("'" + node.path + "' cannot run " + composition.text() + ": " + why);
+    for (const auto& complaint : complaints) problems.add(complaint);
+  }
+  problems.raise("set_active");
+  set.activate(composition);
+  activation->set(std::move(set));
+}
+
+}  // namespace internal
 
 /// Makes exactly these adapters active, composed in this order. Never touches `requires_grad`. Another
 /// thread's forward sees the old set or the new one, not a mixture. Throws: c10::ValueError for a name that
 /// is unknown or twice there, a weight method after a method on activations, a merged model.
 inline void set_active(nn::Module& model, const std::vector<std::string>& names) {
-  const auto nodes = internal::walk(model);
-  const auto activation = internal::activation_of(nodes, "set_active");
-  auto set = *activation->get();
-  internal::Problems problems;
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (!set.knows(names[i])) {
-      problems.add("the model has no adapter '" + names[i] + "'" +
-                   (set.known.empty() ? "" : "; it has " + internal::closest(names[i], set.known, 20)));
-    }
-    if (std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) !=
-        names.begin() + static_cast<std::ptrdiff_t>(i)) {
-      problems.add("'" + names[i] + "' is named twice");
-    }
-  }
-  for (const auto& node : nodes) {
-    if (!node.site) continue;
-    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
-    std::string activations;
-    std::vector<std::pair<std::string, const PieceImpl*>> below;
-    for (const auto& name : names) {
-      for (const auto& attached : node.site->pieces(name)) {
-        for (const auto& [other, piece] : below) {
-          const auto why = other == name ? std::string() : attached.piece->conflict(*piece);
-          if (!why.empty()) {
-            problems.add("'" + node.path + "': '" + other + "' and '" + name + "' " + why);
-          }
-        }
-        below.emplace_back(name, attached.piece.get());
-        if (attached.piece->works_on_activations()) {
-          activations = attached.piece->method();
-        } else if (!activations.empty()) {
-          problems.add("'" + node.path + "': '" + attached.piece->method() + "' of '" + name +
-                       "' changes weights and cannot come after '" + activations + "'");
-        }
-      }
-    }
-  }
-  problems.raise("set_active");
-  set.active = names;
-  activation->set(std::move(set));
+  internal::set_composition(model, internal::stack_of(names));
+}
+
+/// Makes the adapters of a composition active, each where it says. Throws: what `set_active` of a list
+/// throws, for each of its branches; for blocks that cannot stand in each other, or that a method on a site
+/// does not define, and for Parallels of different numbers of adapters. Example:
+/// ```
+/// peft::set_active(*model, peft::Stack("german", peft::Parallel("topics", "order")));
+/// auto logits = model->forward(inputs).logits;  // (2 · batch, labels), those of "topics" first
+/// ```
+template <std::derived_from<Composition> Block>
+void set_active(nn::Module& model, const Block& composition) {
+  internal::set_composition(model, composition);
 }
 
 /// Switches all adapters off, remembering which were active: the model computes what it did before any was
@@ -199,11 +272,13 @@ inline void rename(nn::Module& model, const std::string& from, const std::string
     node.site->rename(from, to);
   }
   std::replace(set.known.begin(), set.known.end(), from, to);
-  std::replace(set.active.begin(), set.active.end(), from, to);
+  set.composition.rename(from, to);
+  set.activate(set.composition);
   activation->set(std::move(set));
 }
 
-/// Takes an adapter off the model. The others stay as they are, active or not.
+/// Takes an adapter off the model. The others stay as they are, active or not. Throws: c10::Error for an
+/// adapter that is active in a block other than a Stack, which would change the block.
 inline void remove_adapter(nn::Module& model, const std::string& name) {
   const auto nodes = internal::walk(model);
   const auto activation = internal::activation_of(nodes, "remove_adapter");
@@ -214,7 +289,16 @@ inline void remove_adapter(nn::Module& model, const std::string& name) {
                 "' is merged (hint: unmerge first)");
   }
   std::erase(set.known, name);
-  std::erase(set.active, name);
+  auto composition = set.composition;
+  std::erase_if(composition.children,
+                [&](const Composition& child) { return child.is_adapter() && child.name == name; });
+  const auto left = composition.names();
+  const bool is_list = composition.block == Composition::Block::stack &&
+                       std::find(left.begin(), left.end(), name) == left.end();
+  const bool is_active = std::find(set.active.begin(), set.active.end(), name) != set.active.end();
+  TORCH_CHECK(!is_active || is_list, "remove_adapter: '", name, "' is part of the active ",
+              set.composition.text(), " (hint: set_active without it first)");
+  if (is_active) set.activate(std::move(composition));
   activation->set(std::move(set));
   for (const auto& node : nodes) {
     if (node.site) node.site->detach(name);

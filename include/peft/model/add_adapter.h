@@ -22,21 +22,29 @@ namespace peft {
 /// Settings of a method: what it needs of a site, its name, and the free functions every method header has.
 template <class Options>
 concept MethodOptions = requires(const Options& options, const SiteInfo& site) {
-  { Options::needs } -> std::convertible_to<Needs>;
+  { Options::needs } -> std::convertible_to<AnyOf>;
   { Options::method } -> std::convertible_to<std::string>;
   { refusal(options, site) } -> std::same_as<std::string>;
   { make_piece(options, site) } -> std::same_as<std::shared_ptr<PieceImpl>>;
 };
 
+/// Settings that also say which sites the method goes to, so that it needs no target.
+template <class Options>
+concept PlacedOptions = MethodOptions<Options> && requires(const Options& options, const SiteInfo& site) {
+  { goes_to(options, site) } -> std::same_as<bool>;
+};
+
 /// A method and where it goes, the method's type forgotten: several make one adapter.
 struct Part {
   std::string method;
-  Needs needs;
+  AnyOf needs;
   Target target;
   std::function<std::string(const SiteInfo&)> refusal;
   std::function<std::shared_ptr<PieceImpl>(const SiteInfo&)> make;
   /// Of a method that has one: the controller of the pieces made by this part.
   std::function<std::shared_ptr<Controller>(const std::vector<std::shared_ptr<PieceImpl>>&)> control = {};
+  /// What the method also puts on every site of another kind that can take it, in models that have any.
+  std::vector<Part> also = {};
 };
 
 namespace internal {
@@ -77,7 +85,16 @@ Part on(Options options, Target target) {
       return make_controller(options, pieces);
     };
   }
+  if constexpr (requires { companion(options); }) {
+    if (const auto more = companion(options)) part.also.push_back(on(*more, all()));
+  }
   return part;
+}
+
+/// `options` where they say.
+template <PlacedOptions Options>
+Part on(const Options& options) {
+  return on(options, where([options](const SiteInfo& site) { return goes_to(options, site); }));
 }
 
 namespace internal {
@@ -163,11 +180,24 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
     return info.offers_to(part.needs) && part.refusal(info).empty();
   };
 
-  if (part.target.predicate()) {
+  auto predicate = part.target.predicate();
+  if (part.target.survey()) {
+    std::vector<SiteInfo> all;
+    for (auto& node : plan.nodes) {
+      if (node.site || become_site(node, plan)) all.push_back(node.site->info());
+    }
+    try {
+      predicate = part.target.survey()(all);
+    } catch (const c10::Error& error) {
+      problems.add(error.what_without_backtrace());
+      return sites;
+    }
+  }
+  if (predicate) {
     for (auto& node : plan.nodes) {
       if (is_excluded(origin, node.path)) continue;
       if (!node.site && !become_site(node, plan)) continue;
-      if (can(node) && part.target.predicate()(node.site->info())) take(node.site);
+      if (can(node) && predicate(node.site->info())) take(node.site);
     }
     if (sites.empty()) problems.add("the target of '" + part.method + "' matches no site that can take it");
     return sites;
@@ -194,11 +224,11 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
     if (!matches(node.path)) continue;
     any = true;
     if (is_excluded(origin, node.path)) continue;
+    std::string why;
     if (node.site || become_site(node, plan)) {
       const auto info = node.site->info();
-      const auto why = info.offers_to(part.needs)
-                           ? part.refusal(info)
-                           : "a " + info.layer + " does not offer " + to_string(part.needs);
+      why = info.offers_to(part.needs) ? part.refusal(info)
+                                       : "a " + info.layer + " does not offer " + to_string(part.needs);
       if (why.empty()) {
         take(node.site);
         continue;
@@ -216,7 +246,9 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
       take(inner.site);
       below = true;
     }
-    if (!below) {
+    if (!below && !why.empty()) {
+      problems.add("'" + node.path + "' cannot take '" + part.method + "': " + why);
+    } else if (!below) {
       problems.add("'" + node.path + "' matches but is a plain " + node.module->name() +
                    " (hint: declare it as peft::Linear, peft::Embedding, … in its parent)");
     }
@@ -284,6 +316,10 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
   std::vector<Pending> pending;
   for (const auto& part : parts) {
     for (const auto& site : resolve(part, plan, problems)) pending.push_back({site, &part});
+    for (const auto& more : part.also) {
+      Problems unasked;  // nobody asked for these sites
+      for (const auto& site : resolve(more, plan, unasked)) pending.push_back({site, &more});
+    }
   }
   if (!sited && plan.swaps.empty() && !problems.empty()) {
     problems.add(
@@ -426,24 +462,30 @@ inline void commit(Plan& plan, const Adapter& adapter, bool trainable, bool acti
   adapter.set_entries(std::move(entries));
   for (auto& controller : controllers) adapter.record().controllers.push_back(std::move(controller));
   auto set = *activation->get();
-  const auto append = [&](std::vector<std::string>& names) {
-    if (std::find(names.begin(), names.end(), adapter.name()) == names.end()) names.push_back(adapter.name());
-  };
-  if (active) append(set.active);
-  append(set.known);
+
+  const bool alone = std::all_of(adapter.entries().begin(), adapter.entries().end(),
+                                 [](const auto& entry) { return entry.piece->stands_alone(); });
+  const bool is_new = std::find(set.active.begin(), set.active.end(), adapter.name()) == set.active.end();
+  if (active && alone && is_new) set.append(adapter.name());
+  if (!set.knows(adapter.name())) set.known.push_back(adapter.name());
   activation->set(std::move(set));
 }
 
 inline void initialize(const Plan& plan) {
   torch::NoGradGuard no_grad;
-  for (const auto& [site, method, part] : plan.shared) {
-    part->initialize();
-    part->place(site->info());
+  std::set<int> turns;
+  for (const auto& shared : plan.shared) turns.insert(shared.part->turn());
+  for (const auto& entry : plan.entries) turns.insert(entry.piece->turn());
+  for (const auto turn : turns) {
+    for (const auto& [site, method, part] : plan.shared) {
+      if (part->turn() == turn) part->initialize();
+    }
+    for (const auto& entry : plan.entries) {
+      if (entry.piece->turn() == turn) entry.piece->initialize(*entry.site->base_view());
+    }
   }
-  for (const auto& entry : plan.entries) {
-    entry.piece->initialize(*entry.site->base_view());
-    entry.piece->place();
-  }
+  for (const auto& [site, method, part] : plan.shared) part->place(site->info());
+  for (const auto& entry : plan.entries) entry.piece->place();
 }
 
 inline std::shared_ptr<AdapterRecord> make_record(const nn::Module& model, const std::string& name) {
@@ -476,6 +518,15 @@ inline Adapter add_adapter(nn::Module& model, const std::vector<Part>& parts,
 template <MethodOptions Options>
 Adapter add_adapter(nn::Module& model, Options options, Target target, const std::string& name = "default") {
   return add_adapter(model, std::vector<Part>{on(std::move(options), std::move(target))}, name);
+}
+
+/// Adds an adapter of one method where its options say. Example:
+/// ```
+/// auto adapter = peft::add_adapter(*model, peft::houlsby().reduction_factor(8), "topics");
+/// ```
+template <PlacedOptions Options>
+Adapter add_adapter(nn::Module& model, const Options& options, const std::string& name = "default") {
+  return add_adapter(model, std::vector<Part>{on(options)}, name);
 }
 
 /// Lets the adapter train its own copy of further layers (a task head): `Replace` pieces under the same name,

@@ -104,6 +104,8 @@ struct Factors {
 
 inline Factors factors_of(const PieceImpl& piece) {
   const auto& lora = dynamic_cast<const LoraImpl&>(piece);
+  TORCH_CHECK_VALUE(!lora.options.gating(), "'", lora.site().path,
+                    "': LoRA with gating cannot be combined: its gate depends on the input");
   return {lora.full_A().detach(), lora.full_B().detach(),
           lora.lora_B_bias.defined() ? lora.lora_B_bias.detach() : Tensor(), lora.scaling()};
 }

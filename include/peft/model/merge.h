@@ -19,6 +19,8 @@ inline void merge(nn::Module& model, bool keep = true) {
   const auto set = internal::activation_of(nodes, "merge")->get();
   TORCH_CHECK_VALUE(!set->active.empty(), "merge: no adapter is active");
   TORCH_CHECK_VALUE(set->enabled, "merge: the adapters are disabled (hint: enable them first)");
+  TORCH_CHECK_VALUE(!internal::divides(set->composition), "merge: the weights of ", set->composition.text(),
+                    " are not the same for all rows and tokens (hint: set_active a Stack or an Average)");
   internal::Problems problems;
   struct Change {
     SiteImpl* site;
@@ -35,9 +37,8 @@ inline void merge(nn::Module& model, bool keep = true) {
     Change change{node.site.get(), {}, {}};
     bool fits = true;
     for (const auto& name : set->active) {
-      const auto& pieces = node.site->pieces(name);
-      if (!pieces.empty()) change.adapters.push_back(name);
-      for (const auto& attached : pieces) {
+      if (node.site->acts(name)) change.adapters.push_back(name);
+      for (const auto& attached : node.site->pieces(name)) {
         const auto why = attached.piece->not_mergeable();
         if (why.empty()) continue;
         problems.add("'" + node.path + "': " + why);
@@ -45,7 +46,7 @@ inline void merge(nn::Module& model, bool keep = true) {
       }
     }
     if (change.adapters.empty() || !fits) continue;
-    change.weights = node.site->merged_weights(change.adapters);
+    change.weights = node.site->merged_weights(set->composition);
     const auto finite = [](const Tensor& t) { return !t.defined() || t.isfinite().all().item<bool>(); };
     if (!finite(change.weights.weight) || !finite(change.weights.bias)) {
       problems.add("'" + node.path + "': the merged weights hold NaN or infinity");

@@ -54,7 +54,8 @@ inline Summary summary(nn::Module& model) {
   Summary result;
   std::set<const void*> seen;
   const auto count = [&](const Tensor& parameter) {
-    if (!seen.insert(parameter.unsafeGetTensorImpl()).second) return;
+    // By its memory, for two tied matrices count once.
+    if (parameter.numel() == 0 || !seen.insert(parameter.data_ptr()).second) return;
     result.total += parameter.numel();
     if (parameter.requires_grad()) result.trainable += parameter.numel();
   };
@@ -69,9 +70,9 @@ inline Summary summary(nn::Module& model) {
     PieceImpl::Changed changed;
     for (const auto& name : node.site->adapters()) {
       const bool is_active = std::find(set->active.begin(), set->active.end(), name) != set->active.end();
-      for (const auto& attached : node.site->pieces(name)) {
+      const auto list = [&](const nn::Module& module, const std::string& method) {
         int64_t trains = 0, held = 0;
-        for (const auto& parameter : attached.piece->parameters()) {
+        for (const auto& parameter : module.parameters()) {
           const auto bytes = parameter.numel() * static_cast<int64_t>(parameter.element_size());
           held += parameter.numel();
           result.adapter_bytes += bytes;
@@ -82,15 +83,20 @@ inline Summary summary(nn::Module& model) {
               2 * parameter.numel() * std::max<int64_t>(4, static_cast<int64_t>(parameter.element_size()));
         }
         result.trainable += trains;
-        if (is_active) {
-          const auto more = attached.piece->changed();
-          changed = {std::max(changed.weight, more.weight), std::max(changed.bias, more.bias)};
-        }
-        std::string printed;
-        tree += fmt::format(
-            "  {:<52} {:<10} {:<12} {:>12}{}\n", node.path.empty() ? "(the model)" : node.path,
-            attached.piece->method(), name, internal::count_text(held),
-            trains ? (is_active ? "" : "  inactive") : (is_active ? "  frozen" : "  frozen, inactive"));
+        std::string state = trains || held == 0 ? "" : "  frozen";
+        if (!is_active) state += state.empty() ? "  inactive" : ", inactive";
+        tree +=
+            fmt::format("  {:<52} {:<10} {:<12} {:>12}{}\n", node.path.empty() ? "(the model)" : node.path,
+                        method, name, internal::count_text(held), state);
+      };
+      for (const auto& shared : node.site->shared(name)) {
+        if (!shared.second->parameters().empty()) list(*shared.second, "shared");
+      }
+      for (const auto& attached : node.site->pieces(name)) {
+        list(*attached.piece, attached.piece->method());
+        if (!is_active) continue;
+        const auto more = attached.piece->changed();
+        changed = {std::max(changed.weight, more.weight), std::max(changed.bias, more.bias)};
       }
     }
     result.changed += changed.weight + changed.bias;

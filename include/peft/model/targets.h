@@ -23,9 +23,13 @@ namespace peft {
 class Target {
  public:
   using Predicate = std::function<bool(const SiteInfo&)>;
+  /// Makes the predicate for one model, of all its sites in its order. May throw c10::ValueError.
+  using Survey = std::function<Predicate(const std::vector<SiteInfo>&)>;
 
-  explicit Target(Origin origin, Predicate predicate = {})
-      : origin_(std::make_shared<Origin>(std::move(origin))), predicate_(std::move(predicate)) {}
+  explicit Target(Origin origin, Predicate predicate = {}, Survey survey = {})
+      : origin_(std::make_shared<Origin>(std::move(origin))),
+        predicate_(std::move(predicate)),
+        survey_(std::move(survey)) {}
 
   /// Leaves out modules whose path is one of these names or ends in a dot and one, and all below them.
   Target exclude(std::vector<std::string> names) const {
@@ -49,10 +53,12 @@ class Target {
 
   std::shared_ptr<const Origin> origin() const { return origin_; }
   const Predicate& predicate() const { return predicate_; }
+  const Survey& survey() const { return survey_; }
 
  private:
   std::shared_ptr<Origin> origin_;
   Predicate predicate_;
+  Survey survey_;
 };
 
 /// Modules whose path is one of `names` or ends in a dot and one of them. Each name must match something.
@@ -75,6 +81,9 @@ inline Target matching(std::string pattern) {
 }
 /// Sites that can take the method and for which the predicate holds. At least one must.
 inline Target where(Target::Predicate predicate) { return Target(Origin{}, std::move(predicate)); }
+/// Sites that can take the method and for which the predicate holds that `survey` makes of all sites of the
+/// model.
+inline Target surveyed(Target::Survey survey) { return Target(Origin{}, {}, std::move(survey)); }
 /// Every site that can take the method.
 inline Target all() {
   Origin origin;
@@ -140,7 +149,14 @@ inline void adopt(const std::shared_ptr<Activation>& activation, const std::vect
       if (set.knows(name) || node.site->pieces(name).empty()) continue;
       set.known.push_back(name);
       const bool active = std::find(other->active.begin(), other->active.end(), name) != other->active.end();
-      if (active) set.active.push_back(name);
+      if (active && std::find(set.active.begin(), set.active.end(), name) == set.active.end()) {
+        // Of a block that stands in the other composition all is taken at once.
+        const bool plain =
+            other->composition.block == Composition::Block::stack &&
+            std::any_of(other->composition.children.begin(), other->composition.children.end(),
+                        [&](const Composition& child) { return child.is_adapter() && child.name == name; });
+        set.append(plain ? Composition(name) : other->composition);
+      }
     }
   }
   if (set.known.size() > before) activation->set(std::move(set));
@@ -162,6 +178,12 @@ inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
   std::map<std::string, std::shared_ptr<AdapterRecord>> records;
   for (const auto& node : nodes) {
     if (!node.site) continue;
+    if (learn_paths && node.parent && node.parent != node.module && node.site->base_parameters().is_empty()) {
+      const auto around = node.parent->parameters();
+      if (!around.empty()) {
+        node.site->set_surroundings(around.front().scalar_type(), around.front().device());
+      }
+    }
     if (learn_paths && node.site->path() != node.path) node.site->set_path(node.path);
     for (const auto& name : node.site->adapters()) {
       const auto record = records.emplace(name, node.site->pieces(name).front().record).first->second;

@@ -1,15 +1,12 @@
-// BERT: the encoder, its pooler and its sequence classifier, built from sites.
+// BERT: the encoder, and the classifiers of texts and of tokens on it.
 #pragma once
 
-#include "peft/core/activation.h"
 #include "peft/core/adapted.h"
-#include "peft/core/attention.h"
-#include "peft/core/input.h"
 #include "peft/models/bert_config.h"
+#include "peft/models/bert_layers.h"
 #include "peft/models/encoder.h"
 #include "peft/models/pretrained.h"
 
-#include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/dropout.h>
 
 #include <cstdint>
@@ -19,279 +16,21 @@
 #include <utility>
 #include <vector>
 
+namespace peft::internal {
+
+/// Reads a classifier of texts or of tokens from a folder.
+template <class Model>
+Model read_bert_classifier(const std::filesystem::path& directory, std::optional<int64_t> labels,
+                           const models::PretrainedOptions& options) {
+  const models::PretrainedFolder folder(directory);
+  auto config = read_config<models::BertConfig>(folder, options);
+  if (labels) config.num_labels(*labels);
+  return filled(Model(config, typename Model::Impl::Unset()), folder, options);
+}
+
+}  // namespace peft::internal
+
 namespace peft::models {
-
-/// One batch. Undefined members are absent.
-struct BertInputs {
-  Tensor input_ids;                   ///< (batch, time), or:
-  Tensor inputs_embeds;               ///< (batch, time, hidden), word vectors
-  Tensor attention_mask;              ///< (batch, time), 0 where a token is padding; absent: none is
-  Tensor token_type_ids;              ///< (batch, time); absent: all 0
-  Tensor position_ids;                ///< (batch or 1, time); absent: 0, 1, 2, …
-  Tensor labels;                      ///< asks the classifier for a loss; see `classification_loss`
-  bool output_hidden_states = false;  ///< asks for `BertOutput::hidden_states`
-};
-
-/// What a forward gives. Undefined members are those the model does not have or was not asked for.
-struct BertOutput {
-  Tensor last_hidden_state;           ///< (batch, time, hidden)
-  Tensor pooler_output;               ///< (batch, hidden)
-  std::vector<Tensor> hidden_states;  ///< of the embeddings and of every layer
-  Tensor logits;                      ///< (batch, labels)
-  Tensor loss;                        ///< a scalar
-};
-
-// The parts of the model. Their weights have no values until the model they belong to draws or loads them.
-
-/// Word, position and token type vectors, normed.
-class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
- public:
-  explicit BertEmbeddingsImpl(BertConfig settings) : config(std::move(settings)) {
-    BertEmbeddingsImpl::reset();
-  }
-
-  void reset() override {
-    const auto width = config.hidden_size();
-    auto words = nn::EmbeddingOptions(config.vocab_size(), width);
-    if (config.pad_token_id()) {
-      const auto padding = *config.pad_token_id();
-      words.padding_idx(padding < 0 ? padding + config.vocab_size() : padding);
-    }
-    const nn::EmbeddingOptions positions(config.max_position_embeddings(), width);
-    const nn::EmbeddingOptions types(config.type_vocab_size(), width);
-    word_embeddings = register_module("word_embeddings", peft::internal::unset_embedding(words));
-    position_embeddings = register_module("position_embeddings", peft::internal::unset_embedding(positions));
-    token_type_embeddings = register_module("token_type_embeddings", peft::internal::unset_embedding(types));
-    LayerNorm = register_module("LayerNorm",
-                                peft::LayerNorm(nn::LayerNormOptions({width}).eps(config.layer_norm_eps())));
-    dropout = register_module("dropout", nn::Dropout(config.hidden_dropout_prob()));
-    input = register_module("input", InputEmbeddings());
-    output = register_module("output", EmbeddingOutput());
-  }
-
-  /// The hidden states and the mask that belongs to them.
-  Embedded forward(const BertInputs& inputs) {
-    check(inputs);
-    Embedded in{inputs.inputs_embeds, inputs.attention_mask, inputs.position_ids, inputs.token_type_ids};
-    if (inputs.input_ids.defined()) {
-      in.values = peft::internal::lookup(word_embeddings, inputs.input_ids, "input_ids");
-    }
-    in = input->forward(std::move(in));
-
-    // One row of ids serves every row, unless each has adapters of its own.
-    const auto rows = RowAdapters::current() ? in.values.size(0) : 1;
-    const auto ids = torch::TensorOptions(torch::kLong).device(in.values.device());
-    const auto types = in.types.defined() ? in.types : torch::zeros({rows, 1}, ids);
-    const auto positions =
-        in.positions.defined() ? in.positions : torch::arange(in.values.size(1), ids).unsqueeze(0);
-    auto x = in.values + peft::internal::lookup(token_type_embeddings, types, "token_type_ids");
-    x = x + peft::internal::lookup(position_embeddings,
-                                   positions.expand({std::max(rows, positions.size(0)), -1}), "position_ids");
-    in.values = dropout->forward(LayerNorm->forward(x));
-    return output->forward(std::move(in));
-  }
-
-  BertConfig config;
-  peft::Embedding word_embeddings{nullptr}, position_embeddings{nullptr}, token_type_embeddings{nullptr};
-  peft::LayerNorm LayerNorm{nullptr};
-  nn::Dropout dropout{nullptr};
-  InputEmbeddings input{nullptr};
-  EmbeddingOutput output{nullptr};
-
- private:
-  void check(const BertInputs& inputs) const {
-    TORCH_CHECK_VALUE(inputs.input_ids.defined() != inputs.inputs_embeds.defined(),
-                      "BertModel: expected either input_ids or inputs_embeds, but got ",
-                      inputs.input_ids.defined() ? "both" : "neither");
-    const auto& tokens = inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds;
-    TORCH_CHECK_VALUE(tokens.dim() == (inputs.input_ids.defined() ? 2 : 3) && tokens.size(1) > 0,
-                      inputs.input_ids.defined()
-                          ? "BertModel: input_ids must be (batch, time), but got "
-                          : "BertModel: inputs_embeds must be (batch, time, hidden), but got ",
-                      peft::internal::shape_text(tokens.sizes()));
-    const auto shape = tokens.sizes().slice(0, 2);
-    const auto check_shape = [&shape](const Tensor& tensor, const char* name, bool one_row) {
-      if (!tensor.defined()) return;
-      const bool fits = tensor.dim() == 2 && tensor.size(1) == shape[1] &&
-                        (tensor.size(0) == shape[0] || (one_row && tensor.size(0) == 1));
-      TORCH_CHECK_VALUE(fits, "BertModel: ", name, " must be ", peft::internal::shape_text(shape),
-                        ", but got ", peft::internal::shape_text(tensor.sizes()));
-    };
-    check_shape(inputs.attention_mask, "attention_mask", false);
-    check_shape(inputs.token_type_ids, "token_type_ids", true);
-    check_shape(inputs.position_ids, "position_ids", true);
-    TORCH_CHECK_VALUE(inputs.position_ids.defined() || shape[1] <= config.max_position_embeddings(),
-                      "BertModel: a text must have at most ", config.max_position_embeddings(),
-                      " tokens, but got ", shape[1]);
-  }
-};
-TORCH_MODULE(BertEmbeddings);
-
-/// The projections and the attention between them.
-class BertSelfAttentionImpl : public nn::Cloneable<BertSelfAttentionImpl> {
- public:
-  BertSelfAttentionImpl(BertConfig settings, int64_t index) : config(std::move(settings)), layer(index) {
-    BertSelfAttentionImpl::reset();
-  }
-
-  void reset() override {
-    const auto width = config.hidden_size(), heads = config.num_attention_heads();
-    query = register_module("query", peft::internal::unset_linear(width, width));
-    key = register_module("key", peft::internal::unset_linear(width, width));
-    value = register_module("value", peft::internal::unset_linear(width, width));
-    attention = register_module("attention", Attention(AttentionOptions(heads, width / heads)
-                                                           .layer(layer)
-                                                           .dropout(config.attention_probs_dropout_prob())));
-  }
-
-  Tensor forward(const Tensor& x, const Tensor& bias) {
-    const auto split = [&](const Tensor& y) {
-      return y.view({y.size(0), y.size(1), config.num_attention_heads(), -1}).transpose(1, 2);
-    };
-    return attention->forward(split(query->forward(x)), split(key->forward(x)), split(value->forward(x)),
-                              bias);
-  }
-
-  BertConfig config;
-  int64_t layer;
-  Linear query{nullptr}, key{nullptr}, value{nullptr};
-  Attention attention{nullptr};
-};
-TORCH_MODULE(BertSelfAttention);
-
-/// A projection, dropout, and the join with what came in.
-class BertSublayerOutputImpl : public nn::Cloneable<BertSublayerOutputImpl> {
- public:
-  BertSublayerOutputImpl(BertConfig settings, int64_t in) : config(std::move(settings)), width(in) {
-    BertSublayerOutputImpl::reset();
-  }
-
-  void reset() override {
-    dense = register_module("dense", peft::internal::unset_linear(width, config.hidden_size()));
-    dropout = register_module("dropout", nn::Dropout(config.hidden_dropout_prob()));
-    LayerNorm = register_module(
-        "LayerNorm", Residual(nn::LayerNormOptions({config.hidden_size()}).eps(config.layer_norm_eps())));
-  }
-
-  Tensor forward(const Tensor& x, const Tensor& skip) {
-    return LayerNorm->forward(dropout->forward(dense->forward(x)), skip);
-  }
-
-  BertConfig config;
-  int64_t width;
-  Linear dense{nullptr};
-  nn::Dropout dropout{nullptr};
-  Residual LayerNorm{nullptr};
-};
-TORCH_MODULE(BertSublayerOutput);
-
-/// Self-attention and its join.
-class BertAttentionImpl : public nn::Cloneable<BertAttentionImpl> {
- public:
-  BertAttentionImpl(BertConfig settings, int64_t index) : config(std::move(settings)), layer(index) {
-    BertAttentionImpl::reset();
-  }
-
-  void reset() override {
-    self = register_module("self", BertSelfAttention(config, layer));
-    output = register_module("output", BertSublayerOutput(config, config.hidden_size()));
-  }
-
-  Tensor forward(const Tensor& x, const Tensor& bias) { return output->forward(self->forward(x, bias), x); }
-
-  BertConfig config;
-  int64_t layer;
-  BertSelfAttention self{nullptr};
-  BertSublayerOutput output{nullptr};
-};
-TORCH_MODULE(BertAttention);
-
-/// The feed-forward's first half: a projection and the activation.
-class BertIntermediateImpl : public nn::Cloneable<BertIntermediateImpl> {
- public:
-  explicit BertIntermediateImpl(BertConfig settings)
-      : config(std::move(settings)), activation(activation_function(config.hidden_act())) {
-    BertIntermediateImpl::reset();
-  }
-
-  void reset() override {
-    dense = register_module("dense",
-                            peft::internal::unset_linear(config.hidden_size(), config.intermediate_size()));
-  }
-
-  Tensor forward(const Tensor& x) { return activation(dense->forward(x)); }
-
-  BertConfig config;
-  ActivationFunction activation;
-  Linear dense{nullptr};
-};
-TORCH_MODULE(BertIntermediate);
-
-/// One block: attention, then the feed-forward network.
-class BertLayerImpl : public nn::Cloneable<BertLayerImpl> {
- public:
-  BertLayerImpl(BertConfig settings, int64_t index) : config(std::move(settings)), layer(index) {
-    BertLayerImpl::reset();
-  }
-
-  void reset() override {
-    attention = register_module("attention", BertAttention(config, layer));
-    intermediate = register_module("intermediate", BertIntermediate(config));
-    output = register_module("output", BertSublayerOutput(config, config.intermediate_size()));
-  }
-
-  Tensor forward(const Tensor& x, const Tensor& bias) {
-    const auto attended = attention->forward(x, bias);
-    return output->forward(intermediate->forward(attended), attended);
-  }
-
-  BertConfig config;
-  int64_t layer;
-  BertAttention attention{nullptr};
-  BertIntermediate intermediate{nullptr};
-  BertSublayerOutput output{nullptr};
-};
-TORCH_MODULE(BertLayer);
-
-/// The stack of blocks.
-class BertEncoderImpl : public nn::Cloneable<BertEncoderImpl> {
- public:
-  explicit BertEncoderImpl(BertConfig settings) : config(std::move(settings)) { BertEncoderImpl::reset(); }
-
-  void reset() override {
-    layer = register_module("layer", nn::ModuleList());
-    for (int64_t i = 0; i < config.num_hidden_layers(); ++i) layer->push_back(BertLayer(config, i));
-  }
-
-  /// Appends every layer's input and the last output to `states` where there is one.
-  Tensor forward(Tensor x, const Tensor& bias, std::vector<Tensor>* states) {
-    if (states) states->push_back(x);
-    for (const auto& block : *layer) {
-      x = block->as<BertLayer>()->forward(x, bias);
-      if (states) states->push_back(x);
-    }
-    return x;
-  }
-
-  BertConfig config;
-  nn::ModuleList layer{nullptr};
-};
-TORCH_MODULE(BertEncoder);
-
-/// The first token's last hidden state through a projection and tanh.
-class BertPoolerImpl : public nn::Cloneable<BertPoolerImpl> {
- public:
-  explicit BertPoolerImpl(BertConfig settings) : config(std::move(settings)) { BertPoolerImpl::reset(); }
-  void reset() override {
-    dense =
-        register_module("dense", peft::internal::unset_linear(config.hidden_size(), config.hidden_size()));
-  }
-  Tensor forward(const Tensor& hidden) { return dense->forward(hidden.select(1, 0)).tanh(); }
-
-  BertConfig config;
-  Linear dense{nullptr};
-};
-TORCH_MODULE(BertPooler);
 
 /// The encoder: `BertModel` of transformers. Constructing it draws transformers' initial values.
 /// Paper: BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding, arXiv 1810.04805.
@@ -320,6 +59,7 @@ class BertModelImpl : public nn::Cloneable<BertModelImpl>, public Pretrained {
     const auto embedded = embeddings->forward(inputs);
     const auto bias = peft::internal::attention_bias(embedded.mask, embedded.values.scalar_type());
     BertOutput output;
+    output.virtual_tokens = embedded.virtual_tokens;
     output.last_hidden_state = encoder->forward(
         embedded.values, bias, inputs.output_hidden_states ? &output.hidden_states : nullptr);
     if (pooler) output.pooler_output = pooler->forward(output.last_hidden_state);
@@ -360,15 +100,11 @@ class BertModel : public nn::ModuleHolder<BertModelImpl> {
   static BertModel from_pretrained(const std::filesystem::path& directory,
                                    const PretrainedOptions& options = {}) {
     const PretrainedFolder folder(directory);
-    auto config = BertConfig::read(folder.config_path());
-    if (options.dropout()) config.dropout(*options.dropout());
+    const auto config = peft::internal::read_config<BertConfig>(folder, options);
     const auto& tensors = folder.tensors();
     const bool pooler = options.pooler().value_or(tensors.count("pooler.dense.weight") > 0 ||
                                                   tensors.count("bert.pooler.dense.weight") > 0);
-    BertModel model(config, pooler, BertModelImpl::Unset());
-    load_pretrained(*model, folder, options);
-    model->eval();
-    return model;
+    return peft::internal::filled(BertModel(config, pooler, BertModelImpl::Unset()), folder, options);
   }
 };
 
@@ -389,6 +125,7 @@ class BertForSequenceClassificationImpl : public nn::Cloneable<BertForSequenceCl
 
   void reset() override {
     bert = register_module("bert", BertModel(config, /*with_pooler=*/true, Unset()));
+    bert->embeddings->input->options.keeps_types(true);
     dropout = register_module(
         "dropout", nn::Dropout(config.classifier_dropout().value_or(config.hidden_dropout_prob())));
     classifier = register_module("classifier",
@@ -400,7 +137,9 @@ class BertForSequenceClassificationImpl : public nn::Cloneable<BertForSequenceCl
     auto output = bert->forward(inputs);
     output.logits = classifier->forward(dropout->forward(output.pooler_output));
     if (inputs.labels.defined()) {
-      output.loss = classification_loss(output.logits, inputs.labels, config.problem_type());
+      output.loss = classification_loss(
+          output.logits, peft::internal::repeated(inputs.labels, bert->embeddings->input->branches()),
+          config.problem_type());
     }
     return output;
   }
@@ -437,14 +176,75 @@ class BertForSequenceClassification : public nn::ModuleHolder<BertForSequenceCla
   static BertForSequenceClassification from_pretrained(const std::filesystem::path& directory,
                                                        std::optional<int64_t> labels = {},
                                                        const PretrainedOptions& options = {}) {
-    const PretrainedFolder folder(directory);
-    auto config = BertConfig::read(folder.config_path());
-    if (labels) config.num_labels(*labels);
-    if (options.dropout()) config.dropout(*options.dropout());
-    BertForSequenceClassification model(config, BertModelImpl::Unset());
-    load_pretrained(*model, folder, options);
-    model->eval();
-    return model;
+    return peft::internal::read_bert_classifier<BertForSequenceClassification>(directory, labels, options);
+  }
+};
+
+/// The encoder without pooler, dropout and a linear head on every token's last hidden state:
+/// `BertForTokenClassification` of transformers. Constructing it draws transformers' initial values.
+class BertForTokenClassificationImpl : public nn::Cloneable<BertForTokenClassificationImpl>,
+                                       public Pretrained {
+ public:
+  using Unset = BertModelImpl::Unset;
+
+  explicit BertForTokenClassificationImpl(BertConfig settings)
+      : BertForTokenClassificationImpl(std::move(settings), Unset()) {
+    peft::internal::initialize(*this, config.initializer_range());
+  }
+  BertForTokenClassificationImpl(BertConfig settings, Unset) : config(std::move(settings)) {
+    BertForTokenClassificationImpl::reset();
+  }
+
+  void reset() override {
+    bert = register_module("bert", BertModel(config, /*with_pooler=*/false, Unset()));
+    bert->embeddings->input->options.keeps_types(true);
+    dropout = register_module(
+        "dropout", nn::Dropout(config.classifier_dropout().value_or(config.hidden_dropout_prob())));
+    classifier = register_module("classifier",
+                                 peft::internal::unset_linear(config.hidden_size(), config.num_labels()));
+  }
+
+  BertOutput forward(const BertInputs& inputs) {
+    const ForwardScope scope;
+    auto output = bert->forward(inputs);
+    output.logits = classifier->forward(dropout->forward(output.last_hidden_state));
+    if (inputs.labels.defined()) {
+      output.loss = token_loss(real_tokens(output.logits, output.virtual_tokens),
+                               peft::internal::repeated(inputs.labels, bert->embeddings->input->branches()));
+    }
+    return output;
+  }
+
+  ModelDescription describe() const override { return {"TOKEN_CLS", name_or_path, "bert"}; }
+  std::string architecture() const override { return "BertForTokenClassification"; }
+  std::string base_prefix() const override { return "bert"; }
+  std::string head() const override { return "classifier"; }
+  std::vector<std::string> others() const override { return {"cls.", "qa_outputs.", "pooler."}; }
+  void initialize_head() override { peft::internal::initialize(*classifier, config.initializer_range()); }
+
+  BertConfig config;
+  BertModel bert{nullptr};
+  nn::Dropout dropout{nullptr};
+  Linear classifier{nullptr};
+};
+
+/// Holder of `BertForTokenClassificationImpl`.
+///
+/// Example:
+/// ```
+/// auto model = peft::models::BertForTokenClassification::from_pretrained(directory, /*labels=*/9);
+/// auto of_each_token = model->forward({ids, {}, mask}).logits.argmax(-1);
+/// ```
+class BertForTokenClassification : public nn::ModuleHolder<BertForTokenClassificationImpl> {
+ public:
+  using nn::ModuleHolder<BertForTokenClassificationImpl>::ModuleHolder;
+  using Impl = BertForTokenClassificationImpl;
+
+  /// Reads a Hugging Face folder, as `BertForSequenceClassification::from_pretrained` does.
+  static BertForTokenClassification from_pretrained(const std::filesystem::path& directory,
+                                                    std::optional<int64_t> labels = {},
+                                                    const PretrainedOptions& options = {}) {
+    return peft::internal::read_bert_classifier<BertForTokenClassification>(directory, labels, options);
   }
 };
 

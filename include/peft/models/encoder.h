@@ -1,15 +1,16 @@
-// What the families of encoders share: activation functions, the attention bias, pooling, classification
+// What the families of encoders share: the attention bias, pooling, classification
 // losses.
 #pragma once
 
+#include "peft/core/activation_function.h"
 #include "peft/core/adapted.h"
 #include "peft/core/attention.h"
 #include "peft/core/compat.h"
+#include "peft/core/conv1d.h"
 #include "peft/core/problems.h"
 
 #include <cstdint>
 #include <limits>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -18,12 +19,22 @@ namespace internal {
 
 /// A Linear whose values are not set yet: nothing is drawn, so a clone leaves the generator alone, and memory
 /// that a checkpoint will replace is never touched.
-inline Linear unset_linear(int64_t in, int64_t out) {
-  nn::Linear layer(nn::LinearOptions(1, 0));
-  layer->options = nn::LinearOptions(in, out);
+inline Linear unset_linear(int64_t in, int64_t out, bool bias = true) {
+  nn::Linear layer(nn::LinearOptions(1, 0).bias(bias));
+  layer->options = nn::LinearOptions(in, out).bias(bias);
   layer->weight.set_data(torch::empty({out, in}));
-  layer->bias.set_data(torch::empty({out}));
+  if (bias) layer->bias.set_data(torch::empty({out}));
   return Linear(layer);
+}
+
+/// The same for a Conv1D.
+inline Conv1D unset_conv1d(int64_t in, int64_t out) {
+  TransposedLinear layer(0, 0);
+  layer->in_features = in;
+  layer->out_features = out;
+  layer->weight.set_data(torch::empty({in, out}));
+  layer->bias.set_data(torch::empty({out}));
+  return Conv1D(layer);
 }
 
 /// The same for an Embedding.
@@ -46,7 +57,10 @@ inline void initialize(nn::Module& module, double range) {
   const auto fill = [&draw](nn::Module& site) {
     if (auto* linear = site.as<AdaptedImpl<nn::Linear>>()) {
       draw(linear->base->weight);
-      linear->base->bias.zero_();
+      if (linear->base->bias.defined()) linear->base->bias.zero_();
+    } else if (auto* turned = site.as<AdaptedImpl<TransposedLinear>>()) {
+      draw(turned->base->weight);
+      turned->base->bias.zero_();
     } else if (auto* embedding = site.as<AdaptedImpl<nn::Embedding>>()) {
       draw(embedding->base->weight);
       const auto padding = embedding->base->options.padding_idx();
@@ -99,50 +113,24 @@ namespace models {
 /// does.
 enum class ProblemType : std::uint8_t { automatic, regression, single_label, multi_label };
 
-/// A function of each element.
-using ActivationFunction = Tensor (*)(const Tensor&);
+using peft::activation_function;
+using peft::activation_functions;
+using peft::ActivationFunction;
 
-/// The activation functions by the names they have in a Hugging Face config.
-inline const std::map<std::string, ActivationFunction>& activation_functions() {
-  static constexpr auto gelu = +[](const Tensor& x) { return at::gelu(x); };
-  static constexpr auto gelu_tanh = +[](const Tensor& x) { return at::gelu(x, "tanh"); };
-  static constexpr auto silu = +[](const Tensor& x) { return at::silu(x); };
-  static const std::map<std::string, ActivationFunction> known{
-      {"gelu", gelu},
-      {"gelu_10", [](const Tensor& x) { return at::gelu(x).clamp(-10, 10); }},
-      {"gelu_fast", gelu_tanh},
-      {"gelu_new", gelu_tanh},
-      {"gelu_python", gelu},
-      {"gelu_pytorch_tanh", gelu_tanh},
-      {"gelu_python_tanh", gelu_tanh},
-      {"hardswish", [](const Tensor& x) { return at::hardswish(x); }},
-      {"leaky_relu", [](const Tensor& x) { return at::leaky_relu(x); }},
-      {"linear", [](const Tensor& x) { return x; }},
-      {"mish", [](const Tensor& x) { return at::mish(x); }},
-      {"quick_gelu", [](const Tensor& x) { return x * at::sigmoid(x * 1.702); }},
-      {"relu", [](const Tensor& x) { return at::relu(x); }},
-      {"relu2", [](const Tensor& x) { return at::relu(x).square(); }},
-      {"relu6", [](const Tensor& x) { return at::clamp(x, 0, 6); }},
-      {"sigmoid", [](const Tensor& x) { return at::sigmoid(x); }},
-      {"silu", silu},
-      {"swish", silu},
-      {"tanh", [](const Tensor& x) { return at::tanh(x); }},
-  };
-  return known;
+/// What a model gives for each token, without the virtual ones that a prompt put into the text.
+/// Shapes: tensor (batch, time, …); virtual_tokens (batch or 1, time), as in a model's output; undefined:
+/// there are none. (batch, the caller's time, …).
+inline Tensor real_tokens(const Tensor& tensor, const Tensor& virtual_tokens) {
+  if (!virtual_tokens.defined()) return tensor;
+  const auto real = virtual_tokens.logical_not();
+  if (real.size(0) == 1) return tensor.index_select(1, real.squeeze(0).nonzero().squeeze(1));
+  auto shape = tensor.sizes().vec();
+  shape[1] = -1;
+  return tensor.index({real}).view(shape);
 }
 
-/// One of them. Throws: c10::ValueError listing the names, for an unknown one.
-inline ActivationFunction activation_function(const std::string& name) {
-  const auto& known = activation_functions();
-  const auto found = known.find(name);
-  if (found != known.end()) return found->second;
-  std::vector<std::string> names;
-  for (const auto& [key, function] : known) names.push_back(key);
-  TORCH_CHECK_VALUE(false, "activation_function: no activation '", name, "'; there are ",
-                    peft::internal::closest(name, names, names.size()));
-}
-
-/// The mean of the hidden states of real tokens: one vector a row.
+/// The mean of the hidden states of real tokens: one vector a row. After a prompt, of
+/// `real_tokens(output.last_hidden_state, output.virtual_tokens)`.
 /// Shapes: hidden (batch, time, width); mask (batch, time), 1 for real tokens, or undefined: all are. (batch,
 /// width).
 inline Tensor mean_pool(const Tensor& hidden, const Tensor& mask) {
@@ -181,6 +169,26 @@ inline Tensor classification_loss(const Tensor& logits, const Tensor& labels, Pr
   const auto targets = labels.to(logits.scalar_type()).reshape(logits.sizes());
   return problem == ProblemType::regression ? at::mse_loss(logits, targets)
                                             : at::binary_cross_entropy_with_logits(logits, targets);
+}
+
+/// The loss transformers' token classifiers compute: the mean cross entropy over the tokens whose label is
+/// not −100. Shapes: logits (batch, time, labels); labels (batch, time).
+/// Throws: c10::ValueError for labels of another shape, and for those that are no label of the head.
+inline Tensor token_loss(const Tensor& logits, const Tensor& labels) {
+  const auto type = labels.scalar_type();
+  TORCH_CHECK_VALUE(type == torch::kLong || type == torch::kInt,
+                    "token_loss: labels must be whole numbers (int64), but got ", c10::toString(type));
+  TORCH_CHECK_VALUE(labels.sizes() == logits.sizes().slice(0, 2), "token_loss: labels must be one a token, ",
+                    internal::shape_text(logits.sizes().slice(0, 2)), ", but got ",
+                    internal::shape_text(labels.sizes()),
+                    " (hint: padding and the virtual tokens of a prompt have the label -100)");
+  if (labels.is_cpu()) {  // asking a device would make it wait
+    const auto count = logits.size(2);
+    const auto wrong = labels.masked_select((labels.lt(0) & labels.ne(-100)) | labels.ge(count));
+    TORCH_CHECK_VALUE(wrong.numel() == 0, "token_loss: labels must be from 0 to ", count - 1,
+                      ", or -100, but got ", wrong.numel() ? wrong[0].item<int64_t>() : 0);
+  }
+  return at::cross_entropy_loss(logits.flatten(0, 1), labels.flatten().to(torch::kLong));
 }
 
 }  // namespace models

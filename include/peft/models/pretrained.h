@@ -54,6 +54,12 @@ class Pretrained : public Described {
   virtual std::vector<std::string> others() const = 0;
   /// Draws the head's initial values.
   virtual void initialize_head() {}
+  /// Parameters that are one matrix: the first name's values are the second's. A file needs to hold only one
+  /// of them; one that holds both, and differently, makes them two.
+  virtual std::vector<std::pair<std::string, std::string>> tied() const { return {}; }
+
+  /// The `config.json` of a model that was built from a config, or null where it cannot be written.
+  virtual nlohmann::ordered_json config_json() const { return nullptr; }
 
   /// Where the base came from; what `describe()` tells adapters.
   std::string name_or_path;
@@ -175,7 +181,23 @@ inline std::string model_key(std::string name, const std::string& base_prefix,
 
 /// Buffers that older files hold and every model can compute.
 inline bool is_derived_buffer(const std::string& name) {
-  return name.ends_with("embeddings.position_ids") || name.ends_with("embeddings.token_type_ids");
+  for (const char* end :
+       {"embeddings.position_ids", "embeddings.token_type_ids", ".attn.bias", ".attn.masked_bias"}) {
+    if (name.ends_with(end)) return true;
+  }
+  return false;
+}
+
+/// True where both are the same memory.
+inline bool is_tied(const Tensor& a, const Tensor& b) {
+  return a.numel() == b.numel() && a.data_ptr() == b.data_ptr();
+}
+
+/// Lets `head` read the values of `words`. Both stay tensors of their own, so that merging on one leaves the
+/// other alone; `head` itself never trains.
+inline void tie(Tensor head, const Tensor& words) {
+  head.set_data(words.detach());
+  head.set_requires_grad(false);
 }
 
 /// The type the weights get: what was asked for, else what the config says, else that of the file's first.
@@ -260,12 +282,23 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
     }
   }
 
+  const auto tied = self->tied();
+  for (const auto& [head, words] : tied) {
+    const auto only = sources.find(head);
+    if (only == sources.end() || sources.count(words)) continue;
+    sources.emplace(words, only->second);
+    sources.erase(only);
+  }
+  const auto follows = [&tied](const std::string& key) {
+    return std::any_of(tied.begin(), tied.end(), [&key](const auto& pair) { return pair.first == key; });
+  };
   std::vector<std::string> missing, missing_head;
   size_t head_size = 0;
   for (const auto& item : parameters) {
     const bool in_head = !self->head().empty() && item.key().starts_with(self->head() + ".");
     head_size += in_head;
-    if (!sources.count(item.key())) (in_head ? missing_head : missing).push_back(item.key());
+    if (sources.count(item.key()) || follows(item.key())) continue;
+    (in_head ? missing_head : missing).push_back(item.key());
   }
   const bool no_head = head_size > 0 && missing_head.size() == head_size;
   if (!no_head) missing.insert(missing.end(), missing_head.begin(), missing_head.end());
@@ -282,11 +315,20 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
   torch::NoGradGuard no_grad;
   for (auto& item : parameters) {
     const auto source = sources.find(item.key());
+    if (source == sources.end() && follows(item.key())) continue;
     auto value = source == sources.end()
                      ? torch::empty(item.value().sizes(), type)
                      : folder.tensors().at(source->second)->tensor(source->second).to(type);
     item.value().set_data(value);
     item.value().set_requires_grad(false);
+  }
+  for (const auto& [head, words] : tied) {
+    if (!sources.count(head) || torch::equal(parameters[head], parameters[words])) {
+      peft::internal::tie(parameters[head], parameters[words]);
+    } else {
+      options.note()("peft: '" + folder.weights_path().string() + "' holds '" + head + "' and '" + words +
+                     "' with different values: they are not tied");
+    }
   }
   if (no_head) {
     self->initialize_head();
@@ -302,4 +344,24 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
 }
 
 }  // namespace models
+
+namespace internal {
+
+/// The settings of a folder's model.
+template <class Config>
+Config read_config(const models::PretrainedFolder& folder, const models::PretrainedOptions& options) {
+  auto config = Config::read(folder.config_path());
+  if (options.dropout()) config.dropout(*options.dropout());
+  return config;
+}
+
+/// The model with the folder's weights, in evaluation mode.
+template <class Model>
+Model filled(Model model, const models::PretrainedFolder& folder, const models::PretrainedOptions& options) {
+  models::load_pretrained(*model, folder, options);
+  model->eval();
+  return model;
+}
+
+}  // namespace internal
 }  // namespace peft

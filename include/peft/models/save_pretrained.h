@@ -31,7 +31,8 @@ struct SaveOptions {
 
 /// Writes a folder that transformers and this library open: every tensor of the source's files under the name
 /// it has there, with the model's present value where the model holds it (so merge first) and the source's
-/// where it does not; the source's config, with what `options` says; its tokenizer and pooling files. Weights
+/// where it does not, and of a tied matrix that merging has made two both; the source's config, with what
+/// `options` says; its tokenizer and pooling files. Weights
 /// keep the model's type; the config names it. Each file appears complete or not at all; the config is the
 /// last.
 ///
@@ -76,6 +77,15 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
     if (parameter && !written.count(self->head() + end))
       files.back().second.emplace_back(self->head() + end, *parameter);
   }
+  // Merging on one of two tied matrices makes them two.
+  bool untied = false;
+  for (const auto& [head, words] : self->tied()) {
+    if (torch::equal(parameters[head], parameters[words])) continue;
+    untied = true;
+    for (const auto& key : {head, words}) {
+      if (!written.count(key)) files.back().second.emplace_back(key, parameters[key]);
+    }
+  }
   problems.raise("save_pretrained: '" + source.string() + "' is not this model's base");
 
   auto index = nlohmann::ordered_json::object();
@@ -94,9 +104,9 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   }
 
   for (const char* name :
-       {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-        "chat_template.jinja", "modules.json", "sentence_bert_config.json",
+       {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
+        "sentencepiece.bpe.model", "chat_template.jinja", "modules.json", "sentence_bert_config.json",
         "config_sentence_transformers.json", "1_Pooling/config.json"}) {
     std::error_code ignored;
     if (!std::filesystem::is_regular_file(source / name, ignored)) continue;
@@ -113,10 +123,41 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
     }
     config.erase("num_labels");
   }
+  if (untied) config["tie_word_embeddings"] = false;
   if (!options.architecture().empty()) config["architectures"] = {options.architecture()};
   const bool old_name = config.contains("torch_dtype") && !config.contains("dtype");
   config[old_name ? "torch_dtype" : "dtype"] =
       peft::internal::name_of_dtype(parameters.front().value().scalar_type());
+  write_file(directory / PretrainedFolder::config_name, config.dump(2) + "\n");
+}
+
+/// Writes a model that no folder was the source of: one built from a config and trained. Weights and config
+/// only.
+///
+/// Throws: c10::Error naming the file, and for a model that cannot write its config.
+inline void save_pretrained(const nn::Module& model, const std::filesystem::path& directory) {
+  const auto* self = dynamic_cast<const Pretrained*>(&model);
+  TORCH_CHECK(self != nullptr, "save_pretrained: ", model.name(), " must be a peft::models::Pretrained");
+  auto config = self->config_json();
+  TORCH_CHECK(!config.is_null(), "save_pretrained: ", self->architecture(),
+              " writes no config of its own (hint: save_pretrained(model, directory, source))");
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  TORCH_CHECK(!error, "save_pretrained: cannot make '", directory.string(), "': ", error.message());
+  const auto parameters = model.named_parameters();
+  std::set<std::string> left_out;
+  for (const auto& [head, words] : self->tied()) {
+    const bool same = torch::equal(parameters[head], parameters[words]);
+    if (same) left_out.insert(head);
+    if (!same) config["tie_word_embeddings"] = false;
+  }
+  std::vector<std::pair<std::string, Tensor>> tensors;
+  for (const auto& item : parameters) {
+    if (!left_out.count(item.key())) tensors.emplace_back(item.key(), item.value());
+  }
+  save_safetensors(directory / PretrainedFolder::weights_name, tensors, {{"format", "pt"}});
+  config["architectures"] = {self->architecture()};
+  config["dtype"] = peft::internal::name_of_dtype(parameters.front().value().scalar_type());
   write_file(directory / PretrainedFolder::config_name, config.dump(2) + "\n");
 }
 

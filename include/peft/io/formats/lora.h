@@ -159,6 +159,10 @@ class LoraFormat final : public PeftFormat {
       if (is_dora(*entry.piece) != lead_is_dora) {
         problems.add(where + (lead_is_dora ? "carry DoRA" : "carry LoRA without DoRA") + as);
       }
+      if (other.gating()) {
+        problems.add("'" + entry.site->path() +
+                     "' carries LoRA with gating, which PEFT has not (hint: save_adapterhub)");
+      }
       if (other.rslora() != first.rslora() || other.lora_bias() != first.lora_bias()) {
         problems.add(where + "have the same rslora and lora_bias" + as);
       }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "peft/io/peft_format.h"
+#include "peft/io/peft_places.h"
 #include "peft/methods/trainable_tokens.h"
 
 namespace peft::internal {
@@ -61,6 +62,17 @@ class TrainableTokensFormat final : public PeftFormat {
   std::vector<DiskTensor> tensors(const PieceImpl& piece) const override {
     return {
         {"trainable_tokens_delta", static_cast<const TrainableTokensImpl&>(piece).trainable_tokens_delta}};
+  }
+  /// Of a tied embedding Python writes them once more, under its head.
+  std::vector<DiskTensor> shared_tensors(const Entries& entries) const override {
+    std::vector<DiskTensor> repeated;
+    for (const auto& entry : entries) {
+      for (const auto& head : entry.site->info().tied) {
+        repeated.push_back({std::string(model_prefix) + head + ".trainable_tokens_delta",
+                            tensors(*entry.piece).front().tensor});
+      }
+    }
+    return repeated;
   }
 
   void write(const Entries& entries, nlohmann::json& json, std::vector<std::string>&,

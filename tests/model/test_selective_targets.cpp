@@ -1,0 +1,134 @@
+#include <peft/model/selective_targets.h>
+
+#include "methods/reference_case.h"
+#include "peft/methods/bias.h"
+#include "peft/models/bert.h"
+
+using namespace suite;
+using peft::BitFitTerm;
+using enum peft::BitFitTerm;
+
+namespace {
+
+constexpr int64_t layers = 3, width = 8, inner = 12, classes = 2;
+
+peft::models::BertForSequenceClassification small_bert() {
+  peft::models::BertConfig config;
+  config.vocab_size(11).hidden_size(width).num_hidden_layers(layers).num_attention_heads(2).intermediate_size(
+      inner);
+  config.max_position_embeddings(6).num_labels(classes);
+  return peft::models::BertForSequenceClassification(config);
+}
+
+std::vector<std::string> sites_of(const peft::Target& target) {
+  auto model = small_bert();
+  return peft::add_adapter(*model, peft::BiasOptions(), target.exclude({"classifier"})).sites();
+}
+
+/// A decoder-like model: an embedding's norm, blocks, a final norm, a head with a norm of its own.
+struct StackImpl : nn::Module {
+  explicit StackImpl(int64_t count) {
+    const auto body = register_module("body", std::make_shared<nn::Module>("Body"));
+    body->register_module("norm_in", peft::LayerNorm(nn::LayerNormOptions({2})).ptr());
+    nn::ModuleList blocks;
+    for (int64_t i = 0; i < count; ++i) blocks->push_back(peft::Linear(2, 2));
+    body->register_module("h", blocks.ptr());
+    body->register_module("norm_out", peft::LayerNorm(nn::LayerNormOptions({2})).ptr());
+    const auto head = register_module("head", std::make_shared<nn::Module>("Head"));
+    head->register_module("norm", peft::LayerNorm(nn::LayerNormOptions({2})).ptr());
+  }
+};
+
+}  // namespace
+
+TEST_CASE("BitFit's terms are the layers the author's fragments of names match", "[bitfit]") {
+  const auto per_layer = [](const std::vector<std::string>& ends) {
+    std::vector<std::string> sites;
+    for (int64_t i = 0; i < layers; ++i) {
+      for (const auto& end : ends) sites.push_back("bert.encoder.layer." + std::to_string(i) + "." + end);
+    }
+    sites.push_back("bert.pooler.dense");
+    return sites;
+  };
+  CHECK(sites_of(peft::bitfit({query})) == per_layer({"attention.self.query"}));
+  CHECK(sites_of(peft::bitfit({value, key})) == per_layer({"attention.self.key", "attention.self.value"}));
+  CHECK(sites_of(peft::bitfit({query, intermediate})) ==
+        per_layer({"attention.self.query", "intermediate.dense"}));
+  // These two mean more than they say.
+  CHECK(sites_of(peft::bitfit({output})) == per_layer({"attention.output.dense", "output.dense"}));
+  CHECK(sites_of(peft::bitfit({output_layernorm})) ==
+        per_layer({"attention.output.LayerNorm", "output.LayerNorm"}));
+  CHECK(sites_of(peft::bitfit({attention_layernorm})) == per_layer({"attention.output.LayerNorm"}));
+  auto without = sites_of(peft::bitfit({query}, /*pooler=*/false));
+  CHECK(without.size() == layers);
+  CHECK_THROWS_WITH(peft::bitfit({}),
+                    Contains("expected at least one term, but got none (hint: linear probing"));
+  CHECK(std::string(peft::to_string(attention_layernorm)) == "attention_layernorm");
+}
+
+TEST_CASE("BitFit trains as many biases as the paper counts", "[bitfit]") {
+  auto model = small_bert();
+  const auto adapter =
+      peft::add_adapter(*model, peft::BiasOptions(), peft::bitfit({BitFitTerm::all}).exclude({"classifier"}));
+  const auto formula = [](int64_t L, int64_t d, int64_t m) { return L * (7 * d + m) + 2 * d; };
+  CHECK(adapter.count() == formula(layers, width, inner));
+  CHECK(formula(12, 768, 3072) == 102912);
+  peft::train_also(adapter, *model, peft::named({"classifier"}));
+  CHECK(adapter.count() == formula(layers, width, inner) + classes * (width + 1));
+}
+
+TEST_CASE("The top layers are the last blocks, and the norm after them", "[top_layers]") {
+  auto model = small_bert();
+  const auto adapter = peft::add_adapter(*model, peft::ReplaceOptions(), peft::top_layers(2));
+  for (const auto& site : adapter.sites()) {
+    const bool in_top =
+        site.find(".layer.1.") != std::string::npos || site.find(".layer.2.") != std::string::npos;
+    CHECK(in_top);
+  }
+  // A block: four projections and two of the feed-forward, two norms.
+  const auto block = 4 * width * (width + 1) + inner * (width + 1) + width * (inner + 1) + 4 * width;
+  CHECK(adapter.count() == 2 * block);
+  peft::train_also(adapter, *model, peft::named({"classifier"}));
+
+  // Nothing is computed for the blocks below: their output has no graph.
+  peft::models::BertInputs inputs;
+  inputs.input_ids = torch::tensor({{1, 2, 3}});
+  inputs.output_hidden_states = true;
+  const auto states = model->bert->forward(inputs).hidden_states;
+  CHECK_FALSE(states.at(1).requires_grad());
+  CHECK(states.at(2).requires_grad());
+
+  StackImpl stack(3);
+  CHECK(peft::add_adapter(stack, peft::ReplaceOptions(), peft::top_layers(1)).sites() ==
+        std::vector<std::string>{"body.h.2", "body.norm_out"});
+  CHECK(peft::add_adapter(stack, peft::ReplaceOptions(), peft::top_layers(1, /*final_norm=*/false), "bare")
+            .sites() == std::vector<std::string>{"body.h.2"});
+  CHECK(peft::add_adapter(stack, peft::ReplaceOptions(), peft::top_layers(3, true, "h").exclude({"norm_out"}),
+                          "all")
+            .sites() == std::vector<std::string>{"body.h.0", "body.h.1", "body.h.2"});
+  const auto add = [&](const peft::Target& target) {
+    peft::add_adapter(stack, peft::ReplaceOptions(), target, "x");
+  };
+  CHECK_THROWS_WITH(add(peft::top_layers(4)),
+                    Contains("k must be at most the 3 blocks of 'body.h', but got 4"));
+  CHECK_THROWS_WITH(peft::top_layers(0), Contains("k must be at least 1, but got 0 (hint: linear probing"));
+  CHECK_THROWS_WITH(peft::top_layers(-1), Contains("but got -1"));
+  CHECK_THROWS_WITH(add(peft::top_layers(1, true, "layer")),
+                    Contains("the model has no numbered blocks in 'layer'"));
+}
+
+TEST_CASE("A probed backbone can stay in evaluation mode while the head trains", "[probing]") {
+  auto model = small_bert();
+  const auto adapter = peft::add_adapter(*model, peft::ReplaceOptions(), peft::named({"classifier"}));
+  CHECK(adapter.count() == classes * (width + 1));
+  model->train();
+  peft::train_only(*model, adapter);
+  CHECK_FALSE(model->is_training());
+  CHECK_FALSE(model->bert->embeddings->dropout->is_training());
+  CHECK(model->classifier->is_training());
+  peft::models::BertInputs inputs;
+  inputs.input_ids = torch::tensor({{1, 2, 3}});
+  const auto logits = model->forward(inputs).logits;
+  CHECK(torch::equal(model->forward(inputs).logits, logits));  // no dropout
+  CHECK(logits.requires_grad());
+}
