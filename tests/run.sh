@@ -31,10 +31,12 @@ done
 
 peft_setup "$libtorch"
 labels='unit|consumers'
+targets=(all)
 if [ -n "${PEFT_REFERENCE_PYTHON:-}" ]; then
   peft_fetch_encoder
   export PEFT_ENCODER
   labels+='|live'
+  targets+=(live-tools)
 fi
 
 build=$peft_root/build/tests${libtorch:+-$libtorch}
@@ -43,7 +45,7 @@ build=$peft_root/build/tests${libtorch:+-$libtorch}
 peft_configure "$build" -DCMAKE_BUILD_TYPE=Tests -DCMAKE_CXX_FLAGS_TESTS=-O1 -DPEFT_BUNDLE_TESTS=ON \
   ${PEFT_CMAKE_OPTIONS:-}
 peft_say "building the tests and examples in ${build#"$peft_root"/}"
-cmake --build "$build" -j "$(peft_jobs)"
+cmake --build "$build" -j "$(peft_jobs)" --target "${targets[@]}"
 peft_say "running the tests ($labels)"
 ctest --test-dir "$build" -L "$labels" --output-on-failure "$@"
 peft_say "done"

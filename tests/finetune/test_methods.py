@@ -24,7 +24,7 @@ KEYS = {"trainable_tokens": "indices=[5,6,7]", "rand_uniform": "count=300", "hif
         "compacter": "reduction_factor=2,phm_dim=2", "compacter++": "reduction_factor=2,phm_dim=2"}
 # Methods that no weights can stand for.
 UNMERGEABLE = {"prompt_tuning", "p_tuning", "prefix", "p_tuning_v2", "houlsby", "pfeiffer", "parallel", "scaled_parallel",
-               "adapter_plus", "compacter", "compacter++"}
+               "adapter_plus", "compacter", "compacter++", "mam", "unipelt"}
 # Ways to start or train a method that are more than a number.
 VARIANTS = [f"lora:rank=4,init={init}" for init in ("pissa", "pissa_niter", "olora", "orthogonal", "mica", "loftq", "eva",
                                                     "corda", "lora_ga")]
@@ -35,7 +35,8 @@ VARIANTS += ["lora:lora_plus=4", "dora:init=pissa,rank=4,lora_plus=4", "lora:lor
 VARIANTS += ["prompt_tuning:virtual_tokens=3,init=vocabulary", "p_tuning:virtual_tokens=3,encoder=lstm",
              "prefix:length=3,projection=true,hidden_width=5,activation=relu", "p_tuning_v2:length=3,projection=true"]
 VARIANTS += ["houlsby:size=3,gating=true,ln_before=true,ln_after=true,non_linearity=gelu", "pfeiffer:places=both,leave_out=[0]",
-             "parallel:scaling=2,dropout=0.1,reduction_factor=1.5", "adapter_plus:stochastic_depth=0.2"]
+             "parallel:scaling=2,dropout=0.1,reduction_factor=1.5", "adapter_plus:stochastic_depth=0.2",
+             "mam:length=3,size=2", "unipelt:length=3,rank=2,targets=[query]"]
 
 
 def methods(place):
