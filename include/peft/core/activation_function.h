@@ -54,11 +54,13 @@ inline const std::map<std::string, ActivationFunction>& activation_functions() {
 inline ActivationFunction activation_function(const std::string& name) {
   const auto& known = activation_functions();
   const auto found = known.find(name);
-  if (found != known.end()) return found->second;
   std::vector<std::string> names;
-  for (const auto& [key, function] : known) names.push_back(key);
-  TORCH_CHECK_VALUE(false, "activation_function: no activation '", name, "'; there are ",
+  if (found == known.end()) {
+    for (const auto& [key, function] : known) names.push_back(key);
+  }
+  TORCH_CHECK_VALUE(found != known.end(), "activation_function: no activation '", name, "'; there are ",
                     internal::closest(name, names, names.size()));
+  return found->second;
 }
 
 }  // namespace peft

@@ -80,6 +80,7 @@ class ActivationSite : public SiteImpl {
  private:
   Weights refuse(const char* verb) const {
     TORCH_CHECK(false, verb, ": '", path(), "' works on activations and has no weights");
+    return {};
   }
   void clone_(nn::Module& other, const OptionalDevice& device) final {
     auto copy = std::dynamic_pointer_cast<Derived>(other.clone(device));
