@@ -21,22 +21,15 @@ import subprocess
 import sys
 import tempfile
 
-try:
-    import adapters
-    import torch
-    import transformers
-    from adapters.composition import Fuse
-    from adapters import (AdapterPlusConfig, BnConfig, CompacterConfig, CompacterPlusPlusConfig, ConfigUnion,
-                          DoubleSeqBnConfig, DoubleSeqBnInvConfig, IA3Config, LoRAConfig, MAMConfig, ParBnConfig,
-                          PrefixTuningConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig, UniPELTConfig)
-    from safetensors.torch import load_file, save_file
-except ImportError as error:
-    other = os.environ.get("PEFT_ADAPTERS_PYTHON")
-    if not other or os.environ.get("PEFT_ADAPTERS_RUNS"):
-        print(f"skipped: {error} (PEFT_ADAPTERS_PYTHON names no Python with adapters)")
-        sys.exit(77)
-    os.environ["PEFT_ADAPTERS_RUNS"] = "1"
-    os.execv(other, [other, *sys.argv])
+import adapters_python  # noqa: F401 (first: it may continue in another Python)
+import adapters
+import torch
+import transformers
+from adapters.composition import Fuse
+from adapters import (AdapterPlusConfig, BnConfig, CompacterConfig, CompacterPlusPlusConfig, ConfigUnion,
+                      DoubleSeqBnConfig, DoubleSeqBnInvConfig, IA3Config, LoRAConfig, MAMConfig, ParBnConfig,
+                      PrefixTuningConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig, UniPELTConfig)
+from safetensors.torch import load_file, save_file
 
 logging.disable(logging.WARNING)
 transformers.logging.set_verbosity_error()

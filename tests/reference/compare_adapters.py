@@ -20,19 +20,12 @@ import sys
 import tempfile
 import types
 
-try:
-    import adapters
-    import torch
-    import transformers
-    from adapters.methods import modeling
-    from safetensors.torch import load_file, save_file
-except ImportError as error:
-    other = os.environ.get("PEFT_ADAPTERS_PYTHON")
-    if not other or os.environ.get("PEFT_ADAPTERS_RUNS"):
-        print(f"skipped: {error} (PEFT_ADAPTERS_PYTHON names no Python with adapters)")
-        sys.exit(77)
-    os.environ["PEFT_ADAPTERS_RUNS"] = "1"
-    os.execv(other, [other, *sys.argv])
+import adapters_python  # noqa: F401 (first: it may continue in another Python)
+import adapters
+import torch
+import transformers
+from adapters.methods import modeling
+from safetensors.torch import load_file, save_file
 
 logging.disable(logging.WARNING)
 transformers.logging.set_verbosity_error()

@@ -35,6 +35,30 @@ class AttentionPieceImpl : public ActivationPieceImpl {
   virtual Tensor heads(const Tensor& outputs, const AttentionInputs&) { return outputs; }
 };
 
+namespace internal {
+
+/// Keys or values as often as there are query heads.
+inline Tensor for_each_query_head(const Tensor& keys, const AttentionOptions& options) {
+  const auto times = options.heads() / options.kv_heads();
+  return times == 1 ? keys : keys.repeat_interleave(times, 1);
+}
+
+/// What is added to the products of all queries and keys, the causal mask in it; undefined where nothing is.
+inline Tensor whole_bias(const AttentionInputs& in, const AttentionOptions& options) {
+  const auto queries = in.q.size(2), keys = in.k.size(2);
+  auto bias = in.bias;
+  if (bias.defined() && bias.size(-1) < keys) {
+    bias = torch::constant_pad_nd(bias, {keys - bias.size(-1), 0});
+  }
+  if (!options.causal() || queries == 1) return bias;
+  const auto future =
+      torch::ones({queries, keys}, in.q.options().dtype(torch::kBool)).triu(1 + keys - queries);
+  if (!bias.defined()) bias = torch::zeros({queries, keys}, in.q.options());
+  return bias.masked_fill(future, -std::numeric_limits<double>::infinity());
+}
+
+}  // namespace internal
+
 /// softmax(q kᵀ / sqrt(head_width) + bias) v, without tensors of its own.
 /// Shapes: q (batch, heads, queries, head_width); k, v (batch, kv_heads, keys, head_width); bias
 /// broadcastable to (batch, heads, queries, keys), additive, or undefined. Output: (batch, queries, heads ·
@@ -87,30 +111,19 @@ class AttentionImpl : public internal::ActivationSite<AttentionImpl> {
 
  private:
   Tensor attend(const AttentionInputs& in) const {
-    auto k = in.k, v = in.v, bias = in.bias;
-    const auto queries = in.q.size(2), keys = k.size(2);
-    if (options.kv_heads() != options.heads()) {
-      const auto times = options.heads() / options.kv_heads();
-      k = k.repeat_interleave(times, 1);
-      v = v.repeat_interleave(times, 1);
-    }
-    if (bias.defined() && bias.size(-1) < keys)
-      bias = torch::constant_pad_nd(bias, {keys - bias.size(-1), 0});
-    auto causal = options.causal() && queries > 1;
+    const auto k = internal::for_each_query_head(in.k, options),
+               v = internal::for_each_query_head(in.v, options);
+    auto causal = options.causal() && in.q.size(2) > 1;
     const auto dropout = is_training() ? options.dropout() : 0.0;
-    const auto before = keys - queries;
+    const auto queries = in.q.size(2), before = k.size(2) - queries;
     // LibTorch takes a bias or the square causal mask, not both. Rows of zeros make it square where few keys
     // come before the first query, and so keep the fast kernel, which a bias may not have.
-    if (causal && !bias.defined() && before > 0 && before <= queries) {
+    if (causal && !in.bias.defined() && before > 0 && before <= queries) {
       const auto q = torch::constant_pad_nd(in.q, {0, 0, before, 0});
       return internal::scaled_dot_product_attention(q, k, v, {}, dropout, true).slice(2, before);
     }
-    if (causal && (bias.defined() || before != 0)) {
-      const auto future = torch::ones({queries, keys}, in.q.options().dtype(torch::kBool)).triu(1 + before);
-      if (!bias.defined()) bias = torch::zeros({queries, keys}, in.q.options());
-      bias = bias.masked_fill(future, -std::numeric_limits<double>::infinity());
-      causal = false;
-    }
+    causal = causal && !in.bias.defined() && before == 0;
+    const auto bias = causal ? Tensor() : internal::whole_bias(in, options);
     return internal::scaled_dot_product_attention(in.q, k, v, bias, dropout, causal);
   }
 };

@@ -171,15 +171,8 @@ class Piece : public Base {
   std::shared_ptr<PieceImpl> copy() const override {
     torch::NoGradGuard no_grad;
     auto result = std::make_shared<Derived>(options, this->site());
-    const auto copy_all = [](const auto& from, auto to) {
-      for (const auto& item : from) {
-        to[item.key()].set_data(item.value().detach().clone());
-        to[item.key()].set_requires_grad(item.value().requires_grad());
-      }
-    };
     result->copy_state(static_cast<const Derived&>(*this));
-    copy_all(this->named_parameters(), result->named_parameters());
-    copy_all(this->named_buffers(), result->named_buffers());
+    internal::copy_tensors(*this, *result);
     result->train(this->is_training());
     return result;
   }

@@ -8,6 +8,21 @@
 #include "peft/core/site_traits.h"
 
 namespace peft {
+namespace internal {
+
+/// Gives a module of the same make its own copies of another's tensors, with their `requires_grad`, by name.
+inline void copy_tensors(const nn::Module& from, nn::Module& to) {
+  const auto copy_all = [](const auto& given, auto taken) {
+    for (const auto& item : given) {
+      taken[item.key()].set_data(item.value().detach().clone());
+      taken[item.key()].set_requires_grad(item.value().requires_grad());
+    }
+  };
+  copy_all(from.named_parameters(), to.named_parameters());
+  copy_all(from.named_buffers(), to.named_buffers());
+}
+
+}  // namespace internal
 
 /// Tensors that all pieces of one method in an adapter use. Registered once, at
 /// `<first site>.<adapter>.shared.<method>`; the pieces hold pointers that are not registered, since

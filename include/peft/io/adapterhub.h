@@ -41,7 +41,7 @@ inline nlohmann::json hub_model_json(const HubPlaces& places, const ModelDescrip
 inline void write_hub_files(
     const std::filesystem::path& directory, const std::map<std::string, nlohmann::json>& configs,
     const std::map<std::string, std::vector<std::pair<std::string, Tensor>>>& tensors) {
-  const auto write = [&](const std::filesystem::path& folder) {
+  write_directory(directory, [&](const std::filesystem::path& folder) {
     std::vector<std::unique_ptr<AtomicFile>> texts;
     for (const auto& [name, json] : configs) {
       texts.push_back(std::make_unique<AtomicFile>(folder / name));
@@ -49,15 +49,7 @@ inline void write_hub_files(
     }
     for (const auto& [name, values] : tensors) save_safetensors(folder / name, values);
     for (const auto& text : texts) text->commit();
-  };
-  std::error_code ignored;
-  if (std::filesystem::exists(directory, ignored)) {
-    write(directory);
-  } else {
-    StagedDirectory staged(directory);
-    write(staged.path());
-    staged.commit();
-  }
+  });
 }
 
 /// The key that is meant by one in an adapter's file: with the model's own prefix, and without the names of

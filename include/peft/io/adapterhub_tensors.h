@@ -11,8 +11,7 @@
 
 #include "peft/core/problems.h"
 #include "peft/io/adapterhub_format.h"
-#include "peft/io/pickle.h"
-#include "peft/io/safetensors.h"
+#include "peft/io/tensor_file.h"
 
 namespace peft::internal {
 
@@ -24,29 +23,10 @@ class HubFile {
           const std::string& pickle_name, const std::function<std::string(const std::string&)>& current,
           Problems& problems)
       : problems_(problems) {
-    std::error_code ignored;
-    try {
-      if (std::filesystem::exists(directory / safe_name, ignored)) {
-        file_ = safe_name;
-        const SafetensorsFile file(directory / safe_name);
-        for (const auto& key : file.names()) {
-          const auto& entry = file.entry(key);
-          const bool known = entry.dtype != torch::ScalarType::Undefined;
-          add(key, current(key), known ? file.tensor(key) : torch::empty(entry.shape), entry.dtype_name);
-        }
-      } else if (std::filesystem::exists(directory / pickle_name, ignored)) {
-        file_ = pickle_name;
-        for (const auto& [key, tensor] : load_pickle(directory / pickle_name)) {
-          add(key, current(key), tensor, c10::toString(tensor.scalar_type()));
-        }
-      } else {
-        readable_ = false;
-        problems_.add(safe_name + " is missing, and there is no " + pickle_name);
-      }
-    } catch (const c10::Error& error) {
-      readable_ = false;
-      problems_.add(error.what_without_backtrace());
-    }
+    const auto file = read_tensor_file(directory, safe_name, pickle_name, problems_);
+    file_ = file.name;
+    readable_ = file.readable;
+    for (const auto& [key, tensor, dtype] : file.items) add(key, current(key), tensor, dtype);
   }
 
   bool readable() const { return readable_; }
@@ -106,13 +86,7 @@ class HubFile {
   }
 
   /// Keys of tensors that hold NaN or infinity.
-  std::vector<std::string> not_finite() const {
-    std::vector<std::string> keys;
-    for (const auto& [key, item] : tensors_) {
-      if (!item.tensor.isfinite().all().item<bool>()) keys.push_back(item.key);
-    }
-    return keys;
-  }
+  std::vector<std::string> not_finite() const { return internal::not_finite(tensors_); }
 
  private:
   struct Item {
@@ -121,11 +95,7 @@ class HubFile {
   };
 
   void add(const std::string& key, const std::string& meant, const Tensor& tensor, const std::string& dtype) {
-    static const std::set<std::string> floating{"F32",   "F16",  "BF16",     "F64",
-                                                "Float", "Half", "BFloat16", "Double"};
-    if (!floating.count(dtype)) {
-      problems_.add(file_ + ": '" + key + "' expected F32, F16, BF16 or F64 values, but got " + dtype);
-    }
+    if (!is_floating(dtype)) problems_.add(not_floating(file_, key, dtype));
     const auto [other, fresh] = tensors_.emplace(meant, Item{key, tensor});
     if (!fresh) problems_.add(file_ + ": '" + key + "' means the same as '" + other->second.key + "'");
   }

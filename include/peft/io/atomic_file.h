@@ -358,4 +358,21 @@ class StagedDirectory {
   bool overwrite_ = false;
 };
 
+namespace internal {
+
+/// Calls `write(folder)` for a folder that is there, or for a new one, which then appears complete or not at
+/// all.
+template <class Write>
+void write_directory(const std::filesystem::path& directory, const Write& write) {
+  std::error_code ignored;
+  if (std::filesystem::exists(directory, ignored)) {
+    write(directory);
+    return;
+  }
+  StagedDirectory staged(directory);
+  write(staged.path());
+  staged.commit();
+}
+
+}  // namespace internal
 }  // namespace peft

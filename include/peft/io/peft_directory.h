@@ -45,20 +45,12 @@ inline std::vector<std::string> save_adapter(const Adapter& adapter, const std::
   for (auto& [key, tensor] : internal::keyed_tensors(adapter.entries(), exporter.format())) {
     tensors.emplace_back(key, std::move(tensor));
   }
-  const auto write = [&](const std::filesystem::path& folder) {
+  internal::write_directory(directory, [&](const std::filesystem::path& folder) {
     AtomicFile text(folder / internal::config_file_name);
     text.write(config);
     save_safetensors(folder / internal::tensor_file_name, tensors);
     text.commit();
-  };
-  std::error_code ignored;
-  if (std::filesystem::exists(directory, ignored)) {
-    write(directory);
-  } else {
-    StagedDirectory staged(directory);
-    write(staged.path());
-    staged.commit();
-  }
+  });
   return notes;
 }
 

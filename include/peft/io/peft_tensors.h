@@ -13,8 +13,7 @@
 #include "peft/core/problems.h"
 #include "peft/io/peft_format.h"
 #include "peft/io/peft_places.h"
-#include "peft/io/pickle.h"
-#include "peft/io/safetensors.h"
+#include "peft/io/tensor_file.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/replace.h"
 
@@ -63,24 +62,10 @@ class AdapterTensors {
   /// names, which some files keep in their keys.
   AdapterTensors(const std::filesystem::path& directory, std::vector<std::string> names, Problems& problems)
       : names_(std::move(names)), problems_(problems) {
-    std::error_code ignored;
-    try {
-      if (std::filesystem::exists(directory / tensor_file_name, ignored)) {
-        file_ = tensor_file_name;
-        read(SafetensorsFile(directory / tensor_file_name));
-      } else if (std::filesystem::exists(directory / pickle_file_name, ignored)) {
-        file_ = pickle_file_name;
-        for (const auto& [key, tensor] : load_pickle(directory / pickle_file_name)) {
-          add(key, tensor, c10::toString(tensor.scalar_type()));
-        }
-      } else {
-        readable_ = false;
-        problems_.add(std::string(tensor_file_name) + " is missing, and there is no " + pickle_file_name);
-      }
-    } catch (const c10::Error& error) {
-      readable_ = false;
-      problems_.add(error.what_without_backtrace());
-    }
+    const auto file = read_tensor_file(directory, tensor_file_name, pickle_file_name, problems_);
+    file_ = file.name;
+    readable_ = file.readable;
+    for (const auto& [key, tensor, dtype] : file.items) add(key, tensor, dtype);
   }
 
   bool readable() const { return readable_; }
@@ -127,13 +112,7 @@ class AdapterTensors {
   }
 
   /// Keys of tensors that hold NaN or infinity.
-  std::vector<std::string> not_finite() const {
-    std::vector<std::string> keys;
-    for (const auto& [key, item] : tensors_) {
-      if (!item.tensor.isfinite().all().item<bool>()) keys.push_back(item.key);
-    }
-    return keys;
-  }
+  std::vector<std::string> not_finite() const { return internal::not_finite(tensors_); }
 
  private:
   struct Item {
@@ -142,29 +121,16 @@ class AdapterTensors {
     std::string integer;  ///< the file's name of its type, of integers
   };
 
-  std::string not_floating(const std::string& key, const std::string& dtype) const {
-    return file_ + ": '" + key + "' expected F32, F16, BF16 or F64 values, but got " + dtype;
-  }
   void check_floating(const std::string& key) {
     const auto found = tensors_.find(key);
     if (found == tensors_.end() || found->second.integer.empty()) return;
-    problems_.add(not_floating(found->second.key, found->second.integer));
-  }
-
-  void read(const SafetensorsFile& file) {
-    for (const auto& key : file.names()) {
-      const auto& entry = file.entry(key);
-      const auto known = entry.dtype != torch::ScalarType::Undefined;
-      add(key, known ? file.tensor(key) : torch::empty(entry.shape), entry.dtype_name);
-    }
+    problems_.add(not_floating(file_, found->second.key, found->second.integer));
   }
 
   void add(const std::string& key, const Tensor& tensor, const std::string& dtype) {
-    static const std::set<std::string> floating{"F32",   "F16",  "BF16",     "F64",
-                                                "Float", "Half", "BFloat16", "Double"};
     // Which a few methods have: `check` knows whether this one has them here.
     static const std::set<std::string> integers{"I32", "I64", "Int", "Long"};
-    if (!floating.count(dtype) && !integers.count(dtype)) problems_.add(not_floating(key, dtype));
+    if (!is_floating(dtype) && !integers.count(dtype)) problems_.add(not_floating(file_, key, dtype));
     const auto whole = key.starts_with("base_model.") ? key : std::string(model_prefix) + key;
     const auto integer = integers.count(dtype) ? dtype : "";
     if (!tensors_.emplace(whole, Item{key, tensor, integer}).second) {

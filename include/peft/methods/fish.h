@@ -121,12 +121,7 @@ inline void initialize_fish(nn::Module& model, const Adapter& adapter,
                             const std::function<Tensor()>& next_loss, const FishOptions& options) {
   constexpr const char* title = "initialize_fish";
   const auto layers = internal::choosable_masks(adapter, title);
-  int64_t all = 0;
-  for (const auto& layer : layers) {
-    const auto& site = layer.piece->site();
-    all += internal::elements(site.weight_shape) + internal::elements(site.bias_shape);
-  }
-  const auto count = internal::share_of(options.ratio(), all, title);
+  const auto count = internal::share_of(options.ratio(), internal::count_entries(layers), title);
   const auto scores = internal::fisher_information(model, layers, next_loss, options.training());
   torch::NoGradGuard no_grad;
   internal::choose_entries(adapter, layers, internal::largest_entries(scores, count), title);

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <ostream>
 #include <string>
@@ -96,6 +95,7 @@ class HeadAdapterImpl : public Piece<HeadAdapterImpl, HeadAdapterOptions, Attent
     check(options);
     const auto why = refusal(options, site);
     TORCH_CHECK_VALUE(why.empty(), "HeadAdapter: '", site.path, "': ", why);
+    if (options.form() != "softmax") activation_ = activation_function(options.form());
     const auto heads = site.attention->heads(), width = site.attention->head_width();
     const auto in = options.reads() == HeadInput::hidden ? heads * width : width;
     down = register_parameter("down", torch::empty({heads, options.size(), in}));
@@ -107,11 +107,8 @@ class HeadAdapterImpl : public Piece<HeadAdapterImpl, HeadAdapterOptions, Attent
     const auto type = down.scalar_type();
     const auto x = read(outputs, in).to(type);
     auto products = at::matmul(x, down.transpose(-2, -1));
-    if (options.form() == "softmax") {
-      products = products / std::sqrt(static_cast<double>(site().attention->head_width()));
-    }
-    const auto f =
-        options.form() == "softmax" ? products.softmax(-1) : activation_function(options.form())(products);
+    if (!activation_) products = products / std::sqrt(static_cast<double>(site().attention->head_width()));
+    const auto f = activation_ ? activation_(products) : products.softmax(-1);
     const auto change = at::matmul(f, up);
     if (options.convex()) {
       const auto share = (products.logsumexp(-1, /*keepdim=*/true) - real_logits(in)).sigmoid();
@@ -159,22 +156,14 @@ class HeadAdapterImpl : public Piece<HeadAdapterImpl, HeadAdapterOptions, Attent
   /// log Σ exp of the attention's own products, (batch, heads, queries, 1).
   Tensor real_logits(const AttentionInputs& in) const {
     const auto& attention = *site().attention;
-    const auto k = in.k.repeat_interleave(attention.heads() / attention.kv_heads(), 1);
-    const auto queries = in.q.size(2), keys = k.size(2);
+    const auto k = internal::for_each_query_head(in.k, attention);
     auto products =
         at::matmul(in.q, k.transpose(-2, -1)) / std::sqrt(static_cast<double>(attention.head_width()));
-    if (in.bias.defined()) {
-      const auto& bias = in.bias;
-      products =
-          products + (bias.size(-1) < keys ? torch::constant_pad_nd(bias, {keys - bias.size(-1), 0}) : bias);
-    }
-    if (attention.causal() && queries > 1) {
-      const auto future =
-          torch::ones({queries, keys}, products.options().dtype(torch::kBool)).triu(1 + keys - queries);
-      products = products.masked_fill(future, -std::numeric_limits<double>::infinity());
-    }
+    const auto bias = internal::whole_bias(in, attention);
+    if (bias.defined()) products = products + bias;
     return products.logsumexp(-1, /*keepdim=*/true).to(down.scalar_type());
   }
+  ActivationFunction activation_ = nullptr;  ///< without "softmax"
 };
 
 inline std::shared_ptr<PieceImpl> make_piece(const HeadAdapterOptions& options, const SiteInfo& site) {

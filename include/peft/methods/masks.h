@@ -59,6 +59,16 @@ inline std::vector<Choosable<MaskedImpl>> choosable_masks(const Adapter& adapter
   return choosable<MaskedImpl>(adapter, "MaskedOptions", title);
 }
 
+/// The entries of the layers' weights and biases, trained or not.
+inline int64_t count_entries(const std::vector<Choosable<MaskedImpl>>& layers) {
+  int64_t all = 0;
+  for (const auto& layer : layers) {
+    const auto& site = layer.piece->site();
+    all += elements(site.weight_shape) + elements(site.bias_shape);
+  }
+  return all;
+}
+
 /// Gives each layer its entries; one that gets none leaves the adapter.
 inline void choose_entries(const Adapter& adapter, const std::vector<Choosable<MaskedImpl>>& layers,
                            const std::vector<Tensor>& entries, const char* title) {
@@ -158,11 +168,7 @@ inline void initialize_rand_uniform(const Adapter& adapter, int64_t count) {
   torch::NoGradGuard no_grad;
   constexpr const char* title = "initialize_rand_uniform";
   const auto layers = internal::choosable_masks(adapter, title);
-  int64_t all = 0;
-  for (const auto& layer : layers) {
-    const auto& site = layer.piece->site();
-    all += internal::elements(site.weight_shape) + internal::elements(site.bias_shape);
-  }
+  const auto all = internal::count_entries(layers);
   TORCH_CHECK_VALUE(count >= 1 && count <= all, title, ": count must be from 1 to the layers' ", all,
                     " entries, but got ", count);
   std::vector<Tensor> entries;

@@ -143,14 +143,7 @@ class PhmShared : public SharedImpl {
   std::shared_ptr<SharedImpl> copy() const override {
     torch::NoGradGuard no_grad;
     auto result = std::make_shared<PhmShared>(options, width, size);
-    const auto copy_all = [](const auto& from, auto to) {
-      for (const auto& item : from) {
-        to[item.key()].set_data(item.value().detach().clone());
-        to[item.key()].set_requires_grad(item.value().requires_grad());
-      }
-    };
-    copy_all(named_parameters(), result->named_parameters());
-    copy_all(named_buffers(), result->named_buffers());
+    internal::copy_tensors(*this, *result);
     return result;
   }
 

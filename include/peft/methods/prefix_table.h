@@ -186,14 +186,7 @@ class PrefixTables : public SharedImpl {
     torch::NoGradGuard no_grad;
     auto result = std::make_shared<PrefixTables>();
     for (const auto& table : all()) result->add(table->options, table->attention, table->layers);
-    const auto copy_all = [](const auto& from, auto to) {
-      for (const auto& item : from) {
-        to[item.key()].set_data(item.value().detach().clone());
-        to[item.key()].set_requires_grad(item.value().requires_grad());
-      }
-    };
-    copy_all(named_parameters(), result->named_parameters());
-    copy_all(named_buffers(), result->named_buffers());
+    internal::copy_tensors(*this, *result);
     result->train(is_training());
     return result;
   }

@@ -108,53 +108,63 @@ class BertModel : public nn::ModuleHolder<BertModelImpl> {
   }
 };
 
-/// The encoder, dropout and a linear head on the pooler's output: `BertForSequenceClassification` of
-/// transformers. Constructing it draws transformers' initial values.
-class BertForSequenceClassificationImpl : public nn::Cloneable<BertForSequenceClassificationImpl>,
-                                          public Pretrained {
+/// What the classifiers have in common: the encoder, with a pooler where `Derived::with_pooler` says so,
+/// dropout and a linear head.
+template <class Derived>
+class BertClassifier : public nn::Cloneable<Derived>, public Pretrained {
  public:
   using Unset = BertModelImpl::Unset;
 
-  explicit BertForSequenceClassificationImpl(BertConfig settings)
-      : BertForSequenceClassificationImpl(std::move(settings), Unset()) {
+  explicit BertClassifier(BertConfig settings) : BertClassifier(std::move(settings), Unset()) {
     peft::internal::initialize(*this, config.initializer_range());
   }
-  BertForSequenceClassificationImpl(BertConfig settings, Unset) : config(std::move(settings)) {
-    BertForSequenceClassificationImpl::reset();
-  }
+  BertClassifier(BertConfig settings, Unset) : config(std::move(settings)) { BertClassifier::reset(); }
 
   void reset() override {
-    bert = register_module("bert", BertModel(config, /*with_pooler=*/true, Unset()));
+    bert = this->register_module("bert", BertModel(config, Derived::with_pooler, Unset()));
     bert->embeddings->input->options.keeps_types(true);
-    dropout = register_module(
+    dropout = this->register_module(
         "dropout", nn::Dropout(config.classifier_dropout().value_or(config.hidden_dropout_prob())));
-    classifier = register_module("classifier",
-                                 peft::internal::unset_linear(config.hidden_size(), config.num_labels()));
+    classifier = this->register_module(
+        "classifier", peft::internal::unset_linear(config.hidden_size(), config.num_labels()));
   }
 
-  BertOutput forward(const BertInputs& inputs) {
-    const ForwardScope scope;
-    auto output = bert->forward(inputs);
-    output.logits = classifier->forward(dropout->forward(output.pooler_output));
-    if (inputs.labels.defined()) {
-      output.loss = classification_loss(
-          output.logits, peft::internal::repeated(inputs.labels, bert->embeddings->input->branches()),
-          config.problem_type());
-    }
-    return output;
-  }
-
-  ModelDescription describe() const override { return {"SEQ_CLS", name_or_path, "bert"}; }
-  std::string architecture() const override { return "BertForSequenceClassification"; }
   std::string base_prefix() const override { return "bert"; }
   std::string head() const override { return "classifier"; }
-  std::vector<std::string> others() const override { return {"cls.", "qa_outputs."}; }
   void initialize_head() override { peft::internal::initialize(*classifier, config.initializer_range()); }
 
   BertConfig config;
   BertModel bert{nullptr};
   nn::Dropout dropout{nullptr};
   Linear classifier{nullptr};
+
+ protected:
+  /// As often as an active `Parallel` repeats the texts.
+  Tensor repeated_labels(const BertInputs& inputs) {
+    return peft::internal::repeated(inputs.labels, bert->embeddings->input->branches());
+  }
+};
+
+/// The encoder, dropout and a linear head on the pooler's output: `BertForSequenceClassification` of
+/// transformers. Constructing it draws transformers' initial values.
+class BertForSequenceClassificationImpl : public BertClassifier<BertForSequenceClassificationImpl> {
+ public:
+  using BertClassifier::BertClassifier;
+  static constexpr bool with_pooler = true;
+
+  BertOutput forward(const BertInputs& inputs) {
+    const ForwardScope scope;
+    auto output = bert->forward(inputs);
+    output.logits = classifier->forward(dropout->forward(output.pooler_output));
+    if (inputs.labels.defined()) {
+      output.loss = classification_loss(output.logits, repeated_labels(inputs), config.problem_type());
+    }
+    return output;
+  }
+
+  ModelDescription describe() const override { return {"SEQ_CLS", name_or_path, "bert"}; }
+  std::string architecture() const override { return "BertForSequenceClassification"; }
+  std::vector<std::string> others() const override { return {"cls.", "qa_outputs."}; }
 };
 
 /// Holder of `BertForSequenceClassificationImpl`.
@@ -182,50 +192,24 @@ class BertForSequenceClassification : public nn::ModuleHolder<BertForSequenceCla
 
 /// The encoder without pooler, dropout and a linear head on every token's last hidden state:
 /// `BertForTokenClassification` of transformers. Constructing it draws transformers' initial values.
-class BertForTokenClassificationImpl : public nn::Cloneable<BertForTokenClassificationImpl>,
-                                       public Pretrained {
+class BertForTokenClassificationImpl : public BertClassifier<BertForTokenClassificationImpl> {
  public:
-  using Unset = BertModelImpl::Unset;
-
-  explicit BertForTokenClassificationImpl(BertConfig settings)
-      : BertForTokenClassificationImpl(std::move(settings), Unset()) {
-    peft::internal::initialize(*this, config.initializer_range());
-  }
-  BertForTokenClassificationImpl(BertConfig settings, Unset) : config(std::move(settings)) {
-    BertForTokenClassificationImpl::reset();
-  }
-
-  void reset() override {
-    bert = register_module("bert", BertModel(config, /*with_pooler=*/false, Unset()));
-    bert->embeddings->input->options.keeps_types(true);
-    dropout = register_module(
-        "dropout", nn::Dropout(config.classifier_dropout().value_or(config.hidden_dropout_prob())));
-    classifier = register_module("classifier",
-                                 peft::internal::unset_linear(config.hidden_size(), config.num_labels()));
-  }
+  using BertClassifier::BertClassifier;
+  static constexpr bool with_pooler = false;
 
   BertOutput forward(const BertInputs& inputs) {
     const ForwardScope scope;
     auto output = bert->forward(inputs);
     output.logits = classifier->forward(dropout->forward(output.last_hidden_state));
     if (inputs.labels.defined()) {
-      output.loss = token_loss(real_tokens(output.logits, output.virtual_tokens),
-                               peft::internal::repeated(inputs.labels, bert->embeddings->input->branches()));
+      output.loss = token_loss(real_tokens(output.logits, output.virtual_tokens), repeated_labels(inputs));
     }
     return output;
   }
 
   ModelDescription describe() const override { return {"TOKEN_CLS", name_or_path, "bert"}; }
   std::string architecture() const override { return "BertForTokenClassification"; }
-  std::string base_prefix() const override { return "bert"; }
-  std::string head() const override { return "classifier"; }
   std::vector<std::string> others() const override { return {"cls.", "qa_outputs.", "pooler."}; }
-  void initialize_head() override { peft::internal::initialize(*classifier, config.initializer_range()); }
-
-  BertConfig config;
-  BertModel bert{nullptr};
-  nn::Dropout dropout{nullptr};
-  Linear classifier{nullptr};
 };
 
 /// Holder of `BertForTokenClassificationImpl`.
