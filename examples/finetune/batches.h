@@ -25,17 +25,28 @@
 
 namespace finetune {
 
-/// Inputs, labels where there are any, and the head's features where they were computed before.
+/// Inputs, labels where there are any, the head's features where they were computed before, and the rows'
+/// tasks where there are several.
 struct Batch {
   peft::models::BertInputs inputs;
   Tensor labels;
   Tensor features;
+  Tensor tasks = {};
 };
 
-/// A text as ids, with its class (−1 without one).
+/// Shapes: (rows, labels).
+inline Tensor logits(Task& task, const Batch& batch) {
+  if (batch.features.defined()) return task.logits(batch.features);
+  std::optional<peft::TaskIds> tasks;
+  if (batch.tasks.defined()) tasks.emplace(batch.tasks);
+  return task.logits(batch.inputs);
+}
+
+/// A text as ids, with its class and its task (−1 without one).
 struct Example {
   text::Encoding encoding;
   int64_t label = -1;
+  int64_t task = -1;
 };
 
 namespace internal {
@@ -43,12 +54,13 @@ namespace internal {
 /// Examples as tensors, filled up to the longest.
 inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
   size_t longest = 0;
-  bool types = false, labels = true;
+  bool types = false, labels = true, tasks = true;
   for (const auto* row : rows) {
     longest = std::max(longest, row->encoding.ids.size());
     types = types || std::any_of(row->encoding.type_ids.begin(), row->encoding.type_ids.end(),
                                  [](int64_t type) { return type != 0; });
     labels = labels && row->label >= 0;
+    tasks = tasks && row->task >= 0;
   }
   const std::vector<int64_t> shape{static_cast<int64_t>(rows.size()), static_cast<int64_t>(longest)};
   Batch batch;
@@ -56,6 +68,7 @@ inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
   batch.inputs.attention_mask = torch::zeros(shape, torch::kLong);
   if (types) batch.inputs.token_type_ids = torch::zeros(shape, torch::kLong);
   if (labels) batch.labels = torch::empty({shape[0]}, torch::kLong);
+  if (tasks) batch.tasks = torch::empty({shape[0]}, torch::kLong);
   for (size_t i = 0; i < rows.size(); ++i) {
     const auto& encoding = rows[i]->encoding;
     const auto at = i * longest;
@@ -66,14 +79,16 @@ inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
                 batch.inputs.token_type_ids.data_ptr<int64_t>() + at);
     }
     if (labels) batch.labels.data_ptr<int64_t>()[i] = rows[i]->label;
+    if (tasks) batch.tasks.data_ptr<int64_t>()[i] = rows[i]->task;
   }
   return batch;
 }
 
 inline Batch to(Batch batch, torch::Device device) {
   if (device.is_cpu()) return batch;
-  for (auto* tensor : {&batch.inputs.input_ids, &batch.inputs.inputs_embeds, &batch.inputs.attention_mask,
-                       &batch.inputs.token_type_ids, &batch.inputs.position_ids, &batch.labels}) {
+  for (auto* tensor :
+       {&batch.inputs.input_ids, &batch.inputs.inputs_embeds, &batch.inputs.attention_mask,
+        &batch.inputs.token_type_ids, &batch.inputs.position_ids, &batch.labels, &batch.tasks}) {
     if (tensor->defined()) *tensor = tensor->to(device);
   }
   return batch;
@@ -134,7 +149,8 @@ class TextBatches final : public Batches {
   uint64_t hash() const override {
     uint64_t sum = examples_.size();
     for (size_t i = 0; i < examples_.size(); ++i) {
-      sum = text::mix(sum ^ hashes_[i]) + static_cast<uint64_t>(examples_[i].label);
+      sum = text::mix(sum ^ hashes_[i]) + static_cast<uint64_t>(examples_[i].label) +
+            (static_cast<uint64_t>(examples_[i].task + 1) << 32);
     }
     return sum;
   }
@@ -271,7 +287,8 @@ class FileBatches final : public Batches {
   void check(const peft::models::BertConfig& config, int64_t classes) const {
     peft::internal::Problems problems;
     for (size_t i = 0; i < batches_.size(); ++i) {
-      const auto& [inputs, labels, features] = batches_[i];
+      const auto& inputs = batches_[i].inputs;
+      const auto& labels = batches_[i].labels;
       const auto name = [&](const char* field) {
         return fmt::format("'{}{}'", prefix(static_cast<int64_t>(i)), field);
       };
@@ -414,16 +431,22 @@ inline std::vector<Example> encode(const text::Tokenizer& tokenizer, const text:
   return examples;
 }
 
-/// A labelled data set, ready for a model.
-inline TextBatches text_batches(const text::Tokenizer& tokenizer, const text::Dataset& data,
+/// Labelled data sets, ready for a model: each a task, where there are several.
+inline TextBatches text_batches(const text::Tokenizer& tokenizer, const std::vector<text::Dataset>& tasks,
                                 const text::Labels& labels, int64_t max_length,
                                 TextBatches::Options options) {
-  auto examples = encode(tokenizer, data, max_length);
-  const auto classes = labels.classes(data);
+  std::vector<Example> examples;
   std::vector<uint64_t> hashes;
-  for (size_t i = 0; i < examples.size(); ++i) {
-    examples[i].label = classes[i];
-    hashes.push_back(text::row_hash(data.rows[i], data.pairs));
+  for (size_t task = 0; task < tasks.size(); ++task) {
+    const auto& data = tasks[task];
+    const auto classes = labels.classes(data);
+    auto own = encode(tokenizer, data, max_length);
+    for (size_t i = 0; i < own.size(); ++i) {
+      own[i].label = classes[i];
+      if (tasks.size() > 1) own[i].task = static_cast<int64_t>(task);
+      examples.push_back(std::move(own[i]));
+      hashes.push_back(text::row_hash(data.rows[i], data.pairs));
+    }
   }
   return {std::move(examples), std::move(hashes), tokenizer.pad_id(), options};
 }

@@ -15,6 +15,7 @@
 
 #include "combine.h"
 #include "compare.h"
+#include "ensemble.h"
 #include "predict.h"
 #include "threads.h"
 #include "train.h"
@@ -67,17 +68,23 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
       ->required();
   auto* train =
       app.add_option("--train", options.train,
-                     "labelled texts: TSV with the header label<TAB>text, or label<TAB>text_a<TAB>text_b");
+                     "labelled texts: TSV with the header label<TAB>text, or label<TAB>text_a<TAB>text_b; "
+                     "several files, with the same labels, are the tasks of multitask_prompt")
+          ->expected(1)
+          ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   auto* inputs =
       app.add_option("--inputs", options.inputs,
                      "ready batches in place of texts: safetensors with b0.input_ids, b0.labels, …");
   train->excludes(inputs);
   auto* test =
-      app.add_option("--test", options.test, "texts, or ready batches, to evaluate on after each epoch");
-  app.add_option("--train-rows", options.train_rows, "only the first N rows of --train")
+      app.add_option("--test", options.test,
+                     "texts, or ready batches, to evaluate on after each epoch; one for each --train")
+          ->expected(1)
+          ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--train-rows", options.train_rows, "only the first N rows of each --train")
       ->check(positive)
       ->needs(train);
-  app.add_option("--test-rows", options.test_rows, "only the first N rows of --test")
+  app.add_option("--test-rows", options.test_rows, "only the first N rows of each --test")
       ->check(positive)
       ->needs(test);
   app.add_option("--targets", options.targets,
@@ -98,6 +105,9 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
       ->capture_default_str();
   app.add_option("--head-lr", options.head_rate, "learning rate of the task head (default: --lr)")
       ->check(not_negative);
+  app.add_option("--optimizer", options.optimizer, "adamw or adafactor")
+      ->check(CLI::IsMember({"adamw", "adafactor"}))
+      ->capture_default_str();
   app.add_option("--schedule", options.schedule, "constant, linear or cosine")
       ->check(CLI::IsMember({"constant", "linear", "cosine"}))
       ->capture_default_str();
@@ -130,6 +140,8 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
   app.add_option("--log", options.log,
                  "a JSON line a step (task_loss, the method's penalty if it has one, loss: their sum) and an "
                  "evaluation");
+  app.add_flag("--gradient-checkpointing", options.gradient_checkpointing,
+               "less memory for one more forward a step: blocks are run again in backward");
   app.add_flag("--no-shuffle{false}", options.shuffle, "the file's order in every epoch");
   app.add_flag("--overwrite", options.overwrite, "replaces an older run at --out");
 }
@@ -140,6 +152,7 @@ finetune::Arguments arguments_of(const CLI::App& app) {
   for (const auto* option : app.get_options()) {
     const auto name = option->get_name();
     if (option->count() == 0 || name == "--resume" || name == "--overwrite") continue;
+    if (name == "--gradient-checkpointing") continue;  // the same to the last bit
     arguments.emplace_back(name, fmt::format("{}", fmt::join(option->results(), ",")));
   }
   return arguments;
@@ -210,8 +223,16 @@ int main(int argc, char** argv) {
   auto* train = app.add_subcommand("train", "trains one adapter");
   add_training_options(*train, training);
   train->add_option("--method", training.method, methods_help);
-  train->add_option("--init-adapter", training.init_adapter,
-                    "goes on from an adapter on disk; its config says method and targets");
+  auto* init = train->add_option("--init-adapter", training.init_adapter,
+                                 "goes on from an adapter on disk; its config says method and targets");
+  int64_t prompts = 0;
+  train
+      ->add_option(
+          "--ensemble", prompts,
+          "trains so many prompts, with --seed and the next ones, into --out/1, --out/2, …, and shows "
+          "their accuracy and that of their majority vote")
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 20))
+      ->excludes(init);
   train
       ->add_option(
           "--out", training.out,
@@ -252,7 +273,16 @@ int main(int argc, char** argv) {
     return group;
   };
   auto* predict = app.add_subcommand("predict", "labels texts, or computes the outputs of ready batches");
-  add_base(*predict, false);
+  predict->add_option("--model", use.model, "folder of the base")->required();
+  std::vector<finetune::fs::path> adapters;
+  predict
+      ->add_option("--adapter", adapters,
+                   "folder of an adapter, of this program or of Python PEFT; several prompts vote, in one "
+                   "forward")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  predict->add_option("--task", use.task, "of a multitask prompt: which --train file it was, from 0")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
   auto* inputs = add_texts(*predict)->add_option("--inputs", use.inputs,
                                                  "ready batches: safetensors with b0.input_ids, …");
   predict->add_option("--out", use.out, "file for the results: TSV, or with --inputs safetensors");
@@ -332,6 +362,7 @@ int main(int argc, char** argv) {
       training.arguments = arguments_of(*train);
       training.command = command_of(argc, argv);
       prepare();
+      if (prompts > 0) return finetune::train_ensemble(training, prompts);
       finetune::Run run(training);
       run();
     } else if (compare->parsed()) {
@@ -345,7 +376,11 @@ int main(int argc, char** argv) {
       });
     } else {
       prepare();
-      if (predict->parsed()) finetune::predict(use);
+      if (predict->parsed()) {
+        if (adapters.size() == 1) use.adapter = adapters[0];
+        if (adapters.size() > 1) use.prompts = adapters;
+        finetune::predict(use);
+      }
       if (merge->parsed()) finetune::merge(use);
       if (combine->parsed()) finetune::combine(combining);
       if (info->parsed()) finetune::info(use);

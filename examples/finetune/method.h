@@ -33,8 +33,10 @@ struct Method {
   int64_t init_batches = 32;                 ///< that a start from the data reads
   std::optional<double> lora_plus;           ///< the rate of B over that of A
   std::map<std::string, std::string> given;  ///< keys and values
+  std::optional<peft::FusionOptions> fusion;
+  std::vector<std::string> fused;  ///< folders of the adapters that a fusion is made of, in its order
   /// Nothing but the head trains.
-  bool head_only() const { return parts.empty(); }
+  bool head_only() const { return parts.empty() && !fusion; }
 };
 
 namespace internal {
@@ -71,11 +73,12 @@ inline const MethodEntry& method_entry(const std::string& name) {
 }  // namespace internal
 
 /// Reads `--method`. `targets`: of `--targets`; `head`: path of the task head in the model, or empty;
-/// `steps`: of the whole run, 0 as long as they are not known (what depends on them is not checked then).
+/// `steps`: of the whole run, 0 as long as they are not known (what depends on them is not checked then);
+/// `tasks`: of the data.
 /// Throws: std::runtime_error for an unknown method, key or a value of the wrong kind, with what there is;
 /// c10::ValueError for a value out of range.
 inline Method parse_method(const std::string& text, const std::vector<std::string>& targets,
-                           const std::string& head, int64_t steps = 0) {
+                           const std::string& head, int64_t steps = 0, int64_t tasks = 1) {
   const auto [name, given] = internal::split_method(text);
   const auto& entry = internal::method_entry(name);
   auto keys = entry.keys;
@@ -111,7 +114,7 @@ inline Method parse_method(const std::string& text, const std::vector<std::strin
           fmt::format("--method {}: lora_plus must be at least 1, but got {}", name, *method.lora_plus));
     }
   }
-  Place place{entry.default_targets, head, values.list("modules_to_save"), steps};
+  Place place{entry.default_targets, head, values.list("modules_to_save"), steps, tasks};
   if (!targets.empty()) place.targets = targets;
   if (values.has("targets")) {
     place.targets = values.list("targets");
@@ -123,6 +126,10 @@ inline Method parse_method(const std::string& text, const std::vector<std::strin
   }
   try {
     method.parts = entry.parts(values, place);
+    if (name == "fusion") {
+      method.fused = values.list("adapters");
+      method.fusion = internal::fusion_options(values);
+    }
     if (!method.parts.empty() && !place.saved.empty()) {
       method.parts.push_back(peft::on(peft::ReplaceOptions(), peft::named(place.saved)));
     }

@@ -2,26 +2,35 @@
 // in `method_table`.
 #pragma once
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "method_values.h"
+#include "peft/io/adapterhub.h"
+#include "peft/io/peft_tensors.h"
+#include "peft/io/safetensors.h"
 #include "peft/methods/adalora.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/boft.h"
 #include "peft/methods/bottleneck.h"
 #include "peft/methods/compacter.h"
 #include "peft/methods/dora.h"
+#include "peft/methods/fusion.h"
 #include "peft/methods/ia3.h"
 #include "peft/methods/increlora.h"
 #include "peft/methods/layer_norm_tuning.h"
 #include "peft/methods/loha.h"
 #include "peft/methods/lokr.h"
 #include "peft/methods/lora.h"
+#include "peft/methods/multitask_prompt.h"
 #include "peft/methods/oft.h"
 #include "peft/methods/p_tuning.h"
 #include "peft/methods/prefix.h"
@@ -41,6 +50,7 @@ struct Place {
   std::string head;  ///< path of the task head in the model, or empty where it lies outside
   std::vector<std::string> saved;  ///< layers that train as a copy of their own, the head among them
   int64_t steps = 0;               ///< of the whole run; 0 where the data that says so is not read yet
+  int64_t tasks = 1;               ///< of the data
 };
 
 namespace internal {
@@ -266,21 +276,111 @@ inline std::vector<peft::Part> bottleneck_parts(peft::BottleneckOptions options,
   return {peft::on(options)};
 }
 
-inline std::vector<peft::Part> prompt_tuning_parts(const MethodValues& values, const Place&) {
+/// How a prompt begins; of a multitask prompt also what it takes over.
+struct PromptStart {
+  peft::PromptInit init = peft::PromptInit::normal;
+  peft::MultitaskSource source = peft::MultitaskSource::none;
+};
+
+/// `init=`, with these words beside those of every prompt.
+inline PromptStart prompt_start(const MethodValues& values,
+                                std::vector<std::pair<std::string, PromptStart>> words = {}) {
   using peft::PromptInit;
-  peft::PromptOptions options(values.integer("virtual_tokens", 20));
-  const auto absent = values.has("tokens") ? PromptInit::tokens : PromptInit::normal;
-  options
-      .init(values.choice<PromptInit>("init",
-                                      {{"normal", PromptInit::normal},
-                                       {"uniform", PromptInit::uniform},
-                                       {"vocabulary", PromptInit::vocabulary},
-                                       {"tokens", PromptInit::tokens}},
-                                      absent))
+  words.insert(words.begin(), {{"normal", {}},
+                               {"uniform", {PromptInit::uniform}},
+                               {"vocabulary", {PromptInit::vocabulary}},
+                               {"tokens", {PromptInit::tokens}}});
+  const PromptStart absent{values.has("tokens") ? PromptInit::tokens : PromptInit::normal};
+  return values.choice<PromptStart>("init", words, absent);
+}
+
+/// `length`: without a key for it.
+inline peft::PromptOptions prompt_options(const MethodValues& values, peft::PromptInit init, int64_t length) {
+  peft::PromptOptions options(values.integer("virtual_tokens", length));
+  options.init(init)
       .scale(values.number("scale", options.scale()))
       .sample_from(values.integer("sample_from", options.sample_from()))
       .tokens(values.integers("tokens"));
+  return options;
+}
+
+inline std::vector<peft::Part> prompt_tuning_parts(const MethodValues& values, const Place&) {
+  return {peft::on(prompt_options(values, prompt_start(values).init, 20), peft::all())};
+}
+
+/// Length and rank are those of `source=`, if there is one.
+inline std::vector<peft::Part> multitask_prompt_parts(const MethodValues& values, const Place& place) {
+  using peft::MultitaskSource;
+  const auto start = prompt_start(values, {{"average_source_tasks", {{}, MultitaskSource::average}},
+                                           {"exact_source_task", {{}, MultitaskSource::exact}},
+                                           {"only_source_shared", {{}, MultitaskSource::shared}}});
+  if ((start.source != MultitaskSource::none) != values.has("source")) {
+    throw std::runtime_error(
+        "--method multitask_prompt: source=FOLDER must be given with init=average_source_tasks, "
+        "exact_source_task or only_source_shared, and only there");
+  }
+  if (values.has("source_task") && start.source != MultitaskSource::exact) {
+    throw std::runtime_error(
+        "--method multitask_prompt: source_task must be given with init=exact_source_task only");
+  }
+  std::map<std::string, torch::Tensor> tensors;
+  int64_t length = 20, rank = 1;
+  if (values.has("source")) {
+    tensors = peft::load_safetensors(std::filesystem::path(values.text("source")) /
+                                     peft::internal::tensor_file_name);
+    const auto shared = tensors.find("prompt_embeddings"), columns = tensors.find("prefix_task_cols");
+    if (shared != tensors.end() && shared->second.dim() == 2) length = shared->second.size(0);
+    if (columns != tensors.end() && columns->second.dim() == 3) rank = columns->second.size(2);
+  }
+  peft::MultitaskPromptOptions options(prompt_options(values, start.init, length), place.tasks);
+  options.rank(values.integer("rank", rank))
+      .source(start.source)
+      .source_tensors(std::move(tensors))
+      .source_task(values.integer("source_task", 0));
+  peft::check(options);
   return {peft::on(options, peft::all())};
+}
+
+/// A fusion of the adapters in the folders of `adapters=`, which the model is to have under their folders'
+/// names.
+inline peft::FusionOptions fusion_options(const MethodValues& values) {
+  const auto folders = values.list("adapters");
+  if (folders.size() < 2) {
+    throw std::runtime_error(fmt::format(
+        "--method fusion: adapters must be at least two folders, [A,B,…], but got {}", folders.size()));
+  }
+  std::vector<std::string> names;
+  for (const auto& folder : folders) {
+    if (!peft::is_adapterhub(folder)) {
+      throw std::runtime_error(
+          fmt::format("--method fusion: '{}' holds no adapter in AdapterHub's form (hint: train one with "
+                      "--method pfeiffer)",
+                      folder));
+    }
+    auto path = std::filesystem::path(folder).lexically_normal();
+    if (!path.has_filename()) path = path.parent_path();
+    if (path.filename() == "best") path = path.parent_path();
+    auto name = path.filename().string();
+    // The model's names hold no dots, and a comma parts the names of a fusion.
+    std::replace_if(
+        name.begin(), name.end(), [](char c) { return c == '.' || c == ','; }, '_');
+    auto fresh = name;
+    for (int i = 2; std::count(names.begin(), names.end(), fresh); ++i) fresh = fmt::format("{}-{}", name, i);
+    names.push_back(fresh);
+  }
+  peft::FusionOptions options(names);
+  options.query(values.boolean("query", options.query()))
+      .key(values.boolean("key", options.key()))
+      .value(values.boolean("value", options.value()))
+      .query_before_ln(values.boolean("query_before_ln", options.query_before_ln()))
+      .regularization(values.boolean("regularization", options.regularization()))
+      .residual_before(values.boolean("residual_before", options.residual_before()))
+      .temperature(values.boolean("temperature", options.temperature()))
+      .value_before_softmax(values.boolean("value_before_softmax", options.value_before_softmax()))
+      .value_initialized(values.boolean("value_initialized", options.value_initialized()));
+  if (values.has("dropout")) options.dropout_prob(values.number("dropout", 0));
+  peft::check(options);
+  return options;
 }
 
 inline std::vector<peft::Part> prefix_of(peft::PrefixOptions options, const MethodValues& values) {

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "method_parts.h"
@@ -20,6 +21,25 @@ struct MethodEntry {
   /// The parts of the adapter, the task head left out.
   std::function<std::vector<peft::Part>(const MethodValues&, const Place&)> parts;
 };
+
+namespace internal {
+
+/// A named configuration of bottlenecks. `more`: the keys that not all of them have.
+inline MethodEntry bottleneck_entry(std::string name, std::string what, const peft::BottleneckOptions& preset,
+                                    const std::vector<std::string>& more = {}) {
+  std::vector<std::string> keys{
+      "reduction_factor", "size",    "non_linearity",  "places",           "gating",   "ln_before",
+      "ln_after",         "dropout", "hidden_dropout", "stochastic_depth", "leave_out"};
+  keys.insert(keys.end(), more.begin(), more.end());
+  keys.emplace_back("modules_to_save");
+  return {std::move(name),
+          std::move(what),
+          std::move(keys),
+          {},
+          [preset](const MethodValues& values, const Place&) { return bottleneck_parts(preset, values); }};
+}
+
+}  // namespace internal
 
 /// Every method the program knows.
 inline const std::vector<MethodEntry>& method_table() {
@@ -81,69 +101,41 @@ inline const std::vector<MethodEntry>& method_table() {
         "layers"},
        {"query", "value"},
        internal::boft_parts},
-      {"houlsby",
-       "small networks after attention and after feed-forward",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "scaling", "modules_to_save"},
+      internal::bottleneck_entry("houlsby", "small networks after attention and after feed-forward",
+                                 peft::houlsby(), {"scaling"}),
+      internal::bottleneck_entry("pfeiffer", "small networks after feed-forward, on its normed sum",
+                                 peft::pfeiffer(), {"scaling"}),
+      internal::bottleneck_entry("parallel", "small networks beside feed-forward, scaled by 4",
+                                 peft::parallel_adapter(), {"scaling"}),
+      internal::bottleneck_entry("scaled_parallel",
+                                 "small networks beside feed-forward, scaled by a trained factor",
+                                 peft::scaled_parallel_adapter()),
+      internal::bottleneck_entry("adapter_plus",
+                                 "small networks after feed-forward and its norm, scaled by trained channels",
+                                 peft::adapter_plus()),
+      internal::bottleneck_entry(
+          "compacter", "small networks of Kronecker products after attention and after feed-forward",
+          peft::compacter(), {"scaling", "phm_dim", "phm_rank"}),
+      internal::bottleneck_entry("compacter++", "small networks of Kronecker products after feed-forward",
+                                 peft::compacter_plus_plus(), {"scaling", "phm_dim", "phm_rank"}),
+      {"fusion",
+       "attention over what trained bottlenecks make of each token; adapters=[DIR,DIR,…] are theirs",
+       {"adapters", "query", "key", "value", "query_before_ln", "regularization", "residual_before",
+        "temperature", "value_before_softmax", "value_initialized", "dropout"},
        {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::houlsby(), values);
-       }},
-      {"pfeiffer",
-       "small networks after feed-forward, on its normed sum",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "scaling", "modules_to_save"},
-       {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::pfeiffer(), values);
-       }},
-      {"parallel",
-       "small networks beside feed-forward, scaled by 4",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "scaling", "modules_to_save"},
-       {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::parallel_adapter(), values);
-       }},
-      {"scaled_parallel",
-       "small networks beside feed-forward, scaled by a trained factor",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "modules_to_save"},
-       {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::scaled_parallel_adapter(), values);
-       }},
-      {"adapter_plus",
-       "small networks after feed-forward and its norm, scaled by trained channels",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "modules_to_save"},
-       {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::adapter_plus(), values);
-       }},
-      {"compacter",
-       "small networks of Kronecker products after attention and after feed-forward",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "scaling", "phm_dim", "phm_rank",
-        "modules_to_save"},
-       {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::compacter(), values);
-       }},
-      {"compacter++",
-       "small networks of Kronecker products after feed-forward",
-       {"reduction_factor", "size", "non_linearity", "places", "gating", "ln_before", "ln_after", "dropout",
-        "hidden_dropout", "stochastic_depth", "leave_out", "scaling", "phm_dim", "phm_rank",
-        "modules_to_save"},
-       {},
-       [](const MethodValues& values, const Place&) {
-         return internal::bottleneck_parts(peft::compacter_plus_plus(), values);
-       }},
+       [](const MethodValues&, const Place&) { return std::vector<peft::Part>{}; }},
       {"prompt_tuning",
        "virtual tokens before the text",
        {"virtual_tokens", "init", "scale", "sample_from", "tokens", "modules_to_save"},
        {},
        internal::prompt_tuning_parts},
+      {"multitask_prompt",
+       "virtual tokens that the files of --train share as tasks, times a matrix of each; source= takes them "
+       "over to a new one",
+       {"virtual_tokens", "rank", "init", "scale", "sample_from", "tokens", "source", "source_task",
+        "modules_to_save"},
+       {},
+       internal::multitask_prompt_parts},
       {"p_tuning",
        "virtual tokens before the text, made by a network while they train",
        {"virtual_tokens", "encoder", "hidden_size", "lstm_layers", "dropout", "modules_to_save"},

@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "batches.h"
+#include "ensemble.h"
 #include "peft/io/atomic_file.h"
 #include "peft/io/safetensors.h"
+#include "peft/methods/multitask_prompt.h"
 #include "peft/model/merge.h"
 #include "peft/model/summary.h"
 #include "peft/models/save_pretrained.h"
@@ -27,6 +29,8 @@ namespace finetune {
 struct UseOptions {
   fs::path model, data, inputs, out;
   std::optional<fs::path> adapter;
+  std::vector<fs::path> prompts;  ///< that vote, in place of `adapter`
+  std::optional<int64_t> task;    ///< of a multitask prompt
   std::vector<std::string> texts;
   std::optional<int64_t> max_length;
   std::string device = "cpu", dtype;
@@ -76,7 +80,32 @@ inline text::Dataset texts_of(const UseOptions& options) {
   return data;
 }
 
+/// The ids for the rows of a batch, of the task that `--task` asks for. Throws: std::runtime_error for a task
+/// that the adapter does not have, and for several tasks where none was asked for.
+class ChosenTask {
+ public:
+  ChosenTask(const UseOptions& options, const Task& task) : chosen_(options.task) {
+    int64_t tasks = 1;
+    if (task.adapter()) {
+      for (const auto& piece : task.adapter()->layers<peft::MultitaskPromptImpl>())
+        tasks = piece->options.tasks();
+    }
+    if (!chosen_ && tasks > 1)
+      throw std::runtime_error(fmt::format("--task must be given: '{}' has {} tasks, from 0 on",
+                                           options.adapter->string(), tasks));
+    if (!chosen_ || *chosen_ < tasks) return;
+    throw std::runtime_error(
+        tasks == 1 ? fmt::format("--task: must be 0, for the adapter has no tasks, but got {}", *chosen_)
+                   : fmt::format("--task: must be from 0 to {}, but got {}", tasks - 1, *chosen_));
+  }
+  Tensor ids(int64_t rows) const { return torch::full({rows}, chosen_.value_or(0), torch::kLong); }
+
+ private:
+  std::optional<int64_t> chosen_;
+};
+
 inline void predict_inputs(const UseOptions& options, Task& task) {
+  const ChosenTask chosen(options, task);
   FileBatches batches(options.inputs, /*needs_labels=*/false);
   if (!task.has_head() && !options.hidden && !options.embed) {
     throw std::runtime_error(fmt::format("'{}' has no task head, so no logits (hint: --hidden or --embed)",
@@ -88,6 +117,9 @@ inline void predict_inputs(const UseOptions& options, Task& task) {
   for (int64_t i = 0; i < batches.count(); ++i) {
     const auto batch = to(batches.get(0, i), task.device());
     const auto prefix = batches.prefix(i);
+    const auto& tokens =
+        batch.inputs.input_ids.defined() ? batch.inputs.input_ids : batch.inputs.inputs_embeds;
+    const peft::TaskIds ids(chosen.ids(tokens.size(0)));
     const peft::ForwardScope scope;
     const auto output = task.encode(batch.inputs);
     const auto add = [&](const char* name, const Tensor& tensor) {
@@ -116,13 +148,30 @@ inline std::string shown(const text::Row& row, bool pairs) {
   return pairs ? row.text + " | " + row.text_b : row.text;
 }
 
-inline void predict_texts(const UseOptions& options, Task& task) {
-  if (!task.has_head()) {
-    throw std::runtime_error(
-        fmt::format("'{}' has no task head, so no labels (hint: --adapter, or --inputs with --embed)",
-                    options.model.string()));
-  }
-  const auto settings = settings_of(options);
+/// What is said of each row of a batch.
+struct Verdict {
+  Tensor classes, probabilities;
+  Tensor votes;  ///< the logits of prompts that vote: (prompts, rows, labels)
+};
+
+inline Verdict verdict_of(Task& task, const peft::models::BertInputs& inputs, const ChosenTask& chosen) {
+  const peft::TaskIds ids(chosen.ids(inputs.input_ids.size(0)));
+  const auto [most, classes] = task.logits(inputs).to(torch::kDouble).softmax(-1).max(-1);
+  return {classes.cpu(), most.cpu(), {}};
+}
+
+/// The class most prompts choose, with the mean of its probabilities.
+inline Verdict verdict_of(PromptVote& vote, const peft::models::BertInputs& inputs) {
+  const auto votes = vote.logits(inputs).cpu();
+  const auto classes = peft::majority(votes);
+  const auto probabilities = votes.softmax(-1, torch::kDouble).mean(0).gather(-1, classes.unsqueeze(-1));
+  return {classes, probabilities.squeeze(-1), votes};
+}
+
+/// `judge`: the verdict on a batch.
+template <class Judge>
+void predict_texts(const UseOptions& options, const Task& task, const std::optional<Settings>& settings,
+                   const Judge& judge) {
   const auto labels = settings ? settings->labels : task.config().labels();
   constexpr int64_t usual_length = 128;
   const auto length = std::min(options.max_length.value_or(settings ? settings->max_length : usual_length),
@@ -131,6 +180,8 @@ inline void predict_texts(const UseOptions& options, Task& task) {
   const auto tokenizer = read_tokenizer(options.model, task.config());
   const auto examples = encode(tokenizer, data, length);
   size_t width = 0, right = 0, known = 0;
+  std::optional<VoteCount> count;
+  if (!options.prompts.empty()) count.emplace(options.prompts);
   for (const auto& label : labels) width = std::max(width, label.size());
   std::string file = "label\tprobability\ttext\n";
   const torch::NoGradGuard no_grad;
@@ -139,13 +190,20 @@ inline void predict_texts(const UseOptions& options, Task& task) {
     std::vector<const Example*> rows;
     for (size_t i = begin; i < std::min(examples.size(), begin + at_once); ++i) rows.push_back(&examples[i]);
     const auto batch = to(pad(rows, tokenizer.pad_id()), task.device());
-    const auto probabilities = task.logits(batch.inputs).to(torch::kDouble).softmax(-1).cpu();
-    const auto [most, classes] = probabilities.max(-1);
+    const Verdict verdict = judge(batch.inputs);
+    if (count) {
+      auto truth = torch::full({static_cast<int64_t>(rows.size())}, -100, torch::kLong);
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const auto at = std::find(labels.begin(), labels.end(), data.rows[begin + i].label);
+        if (at != labels.end()) truth[static_cast<int64_t>(i)] = at - labels.begin();
+      }
+      count->add(verdict.votes, truth);
+    }
     for (size_t i = 0; i < rows.size(); ++i) {
       const auto& row = data.rows[begin + i];
       const auto at = static_cast<int64_t>(i);
-      const auto& label = labels.at(static_cast<size_t>(classes[at].item<int64_t>()));
-      const auto probability = most[at].item<double>();
+      const auto& label = labels.at(static_cast<size_t>(verdict.classes[at].item<int64_t>()));
+      const auto probability = verdict.probabilities[at].item<double>();
       file += fmt::format("{}\t{:.6f}\t{}\n", label, probability,
                           data.pairs ? row.text + "\t" + row.text_b : row.text);
       known += !row.label.empty();
@@ -157,10 +215,10 @@ inline void predict_texts(const UseOptions& options, Task& task) {
   }
   std::fflush(stdout);
   if (!options.out.empty()) peft::write_file(options.out, file);
-  if (known > 0) {
-    fmt::print(stderr, "{} of {} as labelled ({:.2f} %)\n", right, known,
-               100.0 * static_cast<double>(right) / static_cast<double>(known));
-  }
+  if (known == 0) return;
+  fmt::print(stderr, "{} of {} as labelled ({:.2f} %)\n", right, known,
+             100.0 * static_cast<double>(right) / static_cast<double>(known));
+  if (count) fmt::print(stderr, "{}", count->table());
 }
 
 }  // namespace internal
@@ -170,12 +228,25 @@ inline void predict(const UseOptions& options) {
   if (!options.inputs.empty() && options.out.empty()) {
     throw std::runtime_error("--inputs: the results are tensors and need a file (hint: --out F.safetensors)");
   }
-  auto task = internal::open(options);
-  if (options.inputs.empty()) {
-    internal::predict_texts(options, task);
-  } else {
-    internal::predict_inputs(options, task);
+  if (!options.prompts.empty()) {
+    if (!options.inputs.empty() || options.task) {
+      throw std::runtime_error(
+          "--adapter: several vote on texts of one task (hint: without --inputs and --task)");
+    }
+    PromptVote vote(internal::base_of(options), options.prompts);
+    return internal::predict_texts(options, vote.task(), vote.settings(),
+                                   [&](const auto& inputs) { return internal::verdict_of(vote, inputs); });
   }
+  auto task = internal::open(options);
+  if (!options.inputs.empty()) return internal::predict_inputs(options, task);
+  if (!task.has_head()) {
+    throw std::runtime_error(
+        fmt::format("'{}' has no task head, so no labels (hint: --adapter, or --inputs with --embed)",
+                    options.model.string()));
+  }
+  const internal::ChosenTask chosen(options, task);
+  internal::predict_texts(options, task, internal::settings_of(options),
+                          [&](const auto& inputs) { return internal::verdict_of(task, inputs, chosen); });
 }
 
 /// Writes the base with the adapter in its weights as a folder of its own.

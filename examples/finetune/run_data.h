@@ -20,22 +20,24 @@ namespace finetune {
 
 /// The arguments of a run.
 struct TrainOptions {
-  fs::path model, train, test, inputs, out, init_adapter, log;
+  fs::path model, inputs, out, init_adapter, log;
+  std::vector<fs::path> train, test;  ///< several: one a task
   std::string method;
   std::vector<std::string> targets;
   int64_t epochs = 0, steps = 0;  ///< one of them, or neither
   int64_t batch_size = 32, accumulate = 1, checkpoint_every = 100;
   std::optional<int64_t> max_length;      ///< without one 128, or the model's positions where these are fewer
-  int64_t train_rows = 0, test_rows = 0;  ///< the first so many; 0 for all
+  int64_t train_rows = 0, test_rows = 0;  ///< the first so many of each file; 0 for all
   double rate = 1e-3;
   std::optional<double> head_rate;
-  std::string schedule = "linear";
+  std::string optimizer = "adamw", schedule = "linear";
   double warmup = 0;  ///< steps; below 1 a part of all
   double weight_decay = 0.01, clip = 1.0, dropout = 0;
   Pooling pooling = Pooling::cls;
   bool pooling_given = false;  ///< else that of `init_adapter`, if it says
   uint64_t seed = 0;
   std::string device = "cpu", dtype;
+  bool gradient_checkpointing = false;
   bool shuffle = true, resume = false, overwrite = false;
   std::vector<std::string> known_labels;  ///< of `init_adapter`, in the order of its head
   Arguments arguments;                    ///< as given, for `--resume`
@@ -58,10 +60,22 @@ inline std::vector<std::string> class_names(const text::Labels& labels, const Tr
   return fit(known) ? known : names;
 }
 
+/// `most`: 0 for all.
+inline void keep_first(text::Dataset& data, int64_t most) {
+  if (most > 0 && data.rows.size() > static_cast<size_t>(most)) data.rows.resize(static_cast<size_t>(most));
+}
+
 inline text::Dataset read_rows(const fs::path& path, int64_t most) {
   auto data = text::read_tsv(path);
-  if (most > 0 && data.rows.size() > static_cast<size_t>(most)) data.rows.resize(static_cast<size_t>(most));
+  keep_first(data, most);
   return data;
+}
+
+inline void require_texts(const char* option, const text::Dataset& data, bool pairs) {
+  if (data.pairs == pairs) return;
+  throw std::runtime_error(fmt::format("{}: '{}' must have {} a row as --train has, but has {}", option,
+                                       data.path.string(), pairs ? "two texts" : "one text",
+                                       pairs ? "one" : "two"));
 }
 
 }  // namespace internal
@@ -90,16 +104,20 @@ inline RunData read_data(const TrainOptions& options) {
   bool pairs = false;
   const auto test_batches = [&]() -> std::unique_ptr<Batches> {
     if (options.test.empty()) return nullptr;
-    if (options.test.extension() == ".safetensors") {
-      auto batches = std::make_unique<FileBatches>(options.test, /*needs_labels=*/true);
+    const auto files = std::max<size_t>(1, options.train.size());
+    if (options.test.size() != files) {
+      throw std::runtime_error(fmt::format(
+          "--test must be given once a file of --train, {} in all, but got {}", files, options.test.size()));
+    }
+    if (files == 1 && options.test[0].extension() == ".safetensors") {
+      auto batches = std::make_unique<FileBatches>(options.test[0], /*needs_labels=*/true);
       batches->check(*config, static_cast<int64_t>(data.labels.size()));
       return batches;
     }
-    const auto rows = internal::read_rows(options.test, options.test_rows);
-    if (options.inputs.empty() && rows.pairs != pairs) {
-      throw std::runtime_error(fmt::format("--test: '{}' must have {} a row as --train has, but has {}",
-                                           options.test.string(), pairs ? "two texts" : "one text",
-                                           pairs ? "one" : "two"));
+    std::vector<text::Dataset> rows;
+    for (const auto& path : options.test) {
+      rows.push_back(internal::read_rows(path, options.test_rows));
+      if (options.inputs.empty()) internal::require_texts("--test", rows.back(), pairs);
     }
     return std::make_unique<TextBatches>(text_batches(read_tokenizer(options.model, *config), rows,
                                                       text::Labels(data.labels), data.max_length,
@@ -131,14 +149,21 @@ inline RunData read_data(const TrainOptions& options) {
     return data;
   }
   // Rows first: a mistake in them is found at once.
-  auto rows = text::read_tsv(options.train);
-  const text::Labels labels(rows);
-  pairs = rows.pairs;
+  std::vector<text::Dataset> rows;
+  for (const auto& path : options.train) rows.push_back(text::read_tsv(path));
+  const text::Labels labels(rows[0]);
+  pairs = rows[0].pairs;
+  for (const auto& other : rows) {
+    internal::require_texts("--train", other, pairs);
+    const text::Labels own(other);
+    if (own.names() == labels.names()) continue;
+    throw std::runtime_error(fmt::format("--train: '{}' must have the labels of '{}' ({}), but has {}",
+                                         other.path.string(), rows[0].path.string(),
+                                         fmt::join(labels.names(), ", "), fmt::join(own.names(), ", ")));
+  }
   read_config();
   data.labels = internal::class_names(labels, options);
-  if (options.train_rows > 0 && rows.rows.size() > static_cast<size_t>(options.train_rows)) {
-    rows.rows.resize(static_cast<size_t>(options.train_rows));
-  }
+  for (auto& one : rows) internal::keep_first(one, options.train_rows);
   data.train = std::make_unique<TextBatches>(
       text_batches(read_tokenizer(options.model, *config), rows, text::Labels(data.labels), data.max_length,
                    {options.batch_size, options.shuffle, options.seed, /*by_length=*/false}));

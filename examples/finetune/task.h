@@ -11,9 +11,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "fusion_folder.h"
 #include "method.h"
 #include "peft/core/adapter.h"
 #include "peft/io/adapterhub.h"
@@ -95,6 +97,21 @@ class PooledHead : public torch::nn::Module {
     for (auto& item : head->base_parameters()) item.value().zero_().set_requires_grad(false);
   }
   peft::Linear head;
+
+  /// The base's head, as `Task::save_head` wrote it.
+  void read(const fs::path& path) {
+    const peft::SafetensorsFile file(path);
+    torch::NoGradGuard no_grad;
+    for (const auto& item : head->base_parameters()) {
+      const auto value = file.tensor(item.key());
+      if (value.sizes() != item.value().sizes()) {
+        throw std::runtime_error(fmt::format(
+            "{}: '{}' expected {}, but got {} (hint: the head of another base?)", path.string(), item.key(),
+            peft::internal::shape_text(item.value().sizes()), peft::internal::shape_text(value.sizes())));
+      }
+      Tensor(item.value()).copy_(value);
+    }
+  }
 };
 
 /// The rows of the head that an adapter's file holds: the number of its labels, if it has one.
@@ -113,7 +130,7 @@ inline std::optional<int64_t> labels_in_adapter(const fs::path& folder) {
 
 /// Whether an adapter's tensors lie in a model with a task head, so that the encoder's bear its prefix.
 inline bool is_for_classifier(const fs::path& folder) {
-  if (peft::is_adapterhub(folder)) return labels_in_adapter(folder).has_value();
+  if (peft::is_adapterhub(folder) || is_fusion(folder)) return labels_in_adapter(folder).has_value();
   const auto path = folder / "adapter_model.safetensors";
   std::error_code ignored;
   if (fs::is_regular_file(path, ignored)) {
@@ -135,7 +152,8 @@ inline bool has_classifier(const fs::path& folder) {
 
 }  // namespace internal
 
-/// An encoder with or without a head. The adapter, if there is one, is named `adapter_name`.
+/// An encoder with or without a head. The adapter, if there is one, is named `adapter_name`; a fusion by
+/// those it is made of.
 class Task {
  public:
   static constexpr const char* adapter_name = "default";
@@ -176,7 +194,7 @@ class Task {
       task.label_count_ = static_cast<int64_t>(settings->labels.size());
       task.pooled_ = true;
       task.make_head();
-      task.read_head(adapter.value_or(base.folder));
+      task.head_->read(adapter.value_or(base.folder) / head_file);
     }
     if (adapter) task.load(*adapter, trainable);
     task.finish();
@@ -187,9 +205,14 @@ class Task {
   /// does: the method first, then the head.
   void attach(const Method& method) {
     auto parts = method.parts;
-    if (parts.empty() && classifier_) parts = {peft::on(peft::ReplaceOptions(), peft::named({"classifier"}))};
+    if (method.head_only() && classifier_)
+      parts = {peft::on(peft::ReplaceOptions(), peft::named({"classifier"}))};
     try {
-      if (!parts.empty()) adapter_ = peft::add_adapter(*model(), parts, adapter_name);
+      if (method.fusion) {
+        fuse(method);
+      } else if (!parts.empty()) {
+        adapter_ = peft::add_adapter(*model(), parts, adapter_name);
+      }
     } catch (const c10::Error& error) {
       throw std::runtime_error(fmt::format("--method {}: {}", method.name, error.what_without_backtrace()));
     }
@@ -215,10 +238,14 @@ class Task {
     if (pooled_) {
       make_head();
       std::error_code ignored;
-      if (fs::is_regular_file(folder / head_file, ignored)) read_head(folder);
+      if (fs::is_regular_file(folder / head_file, ignored)) head_->read(folder / head_file);
     } else if (!internal::has_classifier(options_.folder) && !internal::labels_in_adapter(folder)) {
       // Nobody has a trained head: the one drawn for the base must train.
-      peft::train_also(*adapter_, *model(), peft::named({"classifier"}));
+      if (internal::is_fusion(folder)) {
+        train_classifier();
+      } else {
+        peft::train_also(*adapter_, *model(), peft::named({"classifier"}));
+      }
     }
     finish();
     if (pooled_) train_head();
@@ -257,6 +284,9 @@ class Task {
     model()->train(on);
     if (head_) head_->train(on);
   }
+  void gradient_checkpointing(bool on) {
+    (classifier_ ? classifier_->bert : encoder_)->gradient_checkpointing(on);
+  }
 
   peft::models::BertOutput encode(const peft::models::BertInputs& inputs) {
     auto& encoder = classifier_ ? classifier_->bert : encoder_;
@@ -287,7 +317,9 @@ class Task {
   /// could not say.
   std::vector<std::string> save(const fs::path& folder, const nlohmann::ordered_json& settings) const {
     std::vector<std::string> notes;
-    if (adapter_ && in_adapterhub_form(*adapter_)) {
+    if (adapter_ && !adapter_->layers<peft::FusionImpl>().empty()) {
+      notes = internal::save_fusion(*model(), *adapter_, classifier_ ? head_adapter_ : std::nullopt, folder);
+    } else if (adapter_ && in_adapterhub_form(*adapter_)) {
       notes = peft::save_adapterhub(*model(), adapter_name, folder);
     } else if (adapter_) {
       notes = peft::save_adapter(*adapter_, folder);
@@ -337,13 +369,31 @@ class Task {
       throw std::runtime_error(fmt::format("{}: there is no folder '{}'",
                                            trainable ? "--init-adapter" : "--adapter", folder.string()));
     }
+    const auto note = [this](const std::string& line) { notes_.push_back(line); };
+    if (internal::is_fusion(folder)) {
+      std::tie(adapter_, head_adapter_) = internal::load_fusion(*model(), folder, trainable, note);
+      return;
+    }
     const bool only_head = pooled_ && fs::exists(folder / head_file, ignored) &&
                            !fs::exists(folder / "adapter_config.json", ignored);
     if (only_head) return;
-    const auto note = [this](const std::string& line) { notes_.push_back(line); };
     adapter_ = peft::is_adapterhub(folder)
                    ? peft::load_adapterhub(*model(), folder, adapter_name, trainable, note)
                    : peft::load_adapter(*model(), folder, adapter_name, trainable, note);
+  }
+  /// A fusion of adapters on disk.
+  void fuse(const Method& method) {
+    std::vector<std::pair<std::string, fs::path>> adapters;
+    for (size_t i = 0; i < method.fused.size(); ++i)
+      adapters.emplace_back(method.fusion->adapters()[i], method.fused[i]);
+    internal::load_fused(*model(), adapters, [this](const std::string& line) { notes_.push_back(line); });
+    adapter_ = peft::add_fusion(*model(), *method.fusion);
+    if (classifier_) train_classifier();
+  }
+  /// A trained copy of the classifier beside a fusion, which has joins only.
+  void train_classifier() {
+    head_adapter_ = peft::add_adapter(*model(), peft::ReplaceOptions(), peft::named({"classifier"}),
+                                      internal::fusion_head);
   }
   /// Methods that Hugging Face PEFT does not have are written as AdapterHub does.
   static bool in_adapterhub_form(const peft::Adapter& adapter) {
@@ -352,20 +402,6 @@ class Task {
     });
   }
   void make_head() { head_ = std::make_shared<internal::PooledHead>(config().hidden_size(), label_count_); }
-  void read_head(const fs::path& folder) {
-    const auto path = folder / head_file;
-    const peft::SafetensorsFile file(path);
-    torch::NoGradGuard no_grad;
-    for (const auto& item : head_->head->base_parameters()) {
-      const auto value = file.tensor(item.key());
-      if (value.sizes() != item.value().sizes()) {
-        throw std::runtime_error(fmt::format(
-            "{}: '{}' expected {}, but got {} (hint: the head of another base?)", path.string(), item.key(),
-            peft::internal::shape_text(item.value().sizes()), peft::internal::shape_text(value.sizes())));
-      }
-      Tensor(item.value()).copy_(value);
-    }
-  }
   void train_head() {
     head_adapter_ = peft::add_adapter(*head_, peft::ReplaceOptions(), peft::all(), adapter_name);
   }

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -22,6 +23,7 @@
 #include "peft/methods/adalora.h"
 #include "peft/methods/increlora.h"
 #include "peft/model/summary.h"
+#include "peft/train/adafactor.h"
 #include "peft/train/checkpoint.h"
 #include "peft/train/lora_plus.h"
 #include "peft/train/optimizer.h"
@@ -33,6 +35,7 @@
 #include "run_folder.h"
 #include "selective_start.h"
 #include "task.h"
+#include "terminal_table.h"
 
 namespace finetune {
 
@@ -40,6 +43,7 @@ namespace finetune {
 struct Evaluation {
   double accuracy = 0, loss = 0;
   int64_t correct = 0, rows = 0;
+  std::vector<double> tasks;  ///< the accuracy of each task, where there are several
 };
 
 inline Evaluation evaluate(Task& task, Batches& data) {
@@ -47,20 +51,30 @@ inline Evaluation evaluate(Task& task, Batches& data) {
   task.train(false);
   Evaluation result;
   double loss = 0;
+  std::map<int64_t, std::pair<int64_t, int64_t>> tasks;  // right and all
   for (int64_t i = 0; i < data.count(); ++i) {
     const auto batch = internal::to(data.get(0, i), task.device());
-    const auto logits = batch.features.defined() ? task.logits(batch.features) : task.logits(batch.inputs);
+    const auto logits = finetune::logits(task, batch);
     const auto counted = batch.labels.ne(-100);
     const auto rows = counted.sum().item<int64_t>();
     if (rows == 0) continue;
-    result.correct += logits.argmax(-1).eq(batch.labels).logical_and(counted).sum().item<int64_t>();
+    const auto right = logits.argmax(-1).eq(batch.labels).logical_and(counted);
+    result.correct += right.sum().item<int64_t>();
     result.rows += rows;
+    for (int64_t row = 0; batch.tasks.defined() && row < right.size(0); ++row) {
+      auto& [own_right, own_rows] = tasks[batch.tasks[row].item<int64_t>()];
+      own_right += right[row].item<bool>();
+      ++own_rows;
+    }
     loss += task.loss(logits, batch.labels).item<double>() * static_cast<double>(rows);
   }
   task.train(true);
   const auto rows = static_cast<double>(std::max<int64_t>(1, result.rows));
   result.accuracy = static_cast<double>(result.correct) / rows;
   result.loss = loss / rows;
+  for (const auto& [id, counts] : tasks) {
+    result.tasks.push_back(static_cast<double>(counts.first) / static_cast<double>(counts.second));
+  }
   return result;
 }
 
@@ -141,8 +155,9 @@ inline std::optional<double> rate_beside_adapter(const std::string& method, cons
 
 /// `lora_plus`: the rate of B over that of A, if they are to differ. The groups: the head's, the adapter's,
 /// and what else LoRA+ parts it in.
-inline std::unique_ptr<peft::AdamW> make_optimizer(const peft::Adapter& trained, const TrainOptions& options,
-                                                   double rate, std::optional<double> lora_plus) {
+inline std::unique_ptr<peft::AdapterOptimizer> make_optimizer(const peft::Adapter& trained,
+                                                              const TrainOptions& options, double rate,
+                                                              std::optional<double> lora_plus) {
   const auto with = [&](double lr) {
     return torch::optim::AdamWOptions(lr).weight_decay(options.weight_decay);
   };
@@ -159,11 +174,20 @@ inline std::unique_ptr<peft::AdamW> make_optimizer(const peft::Adapter& trained,
       if (std::any_of(named.begin(), named.end(), belongs)) groups.push_back(std::move(group));
     }
   }
+  if (options.optimizer == "adafactor") {
+    // As transformers' Trainer sets it: with the schedule's rate, and no other scale.
+    const auto adafactor = [](const torch::optim::AdamWOptions& given) {
+      return peft::AdafactorOptions(given.lr()).scale_parameter(false).weight_decay(given.weight_decay());
+    };
+    std::vector<peft::AdafactorGroup> own;
+    for (const auto& group : groups) own.push_back({group.matches, adafactor(group.options)});
+    return std::make_unique<peft::Adafactor>(trained, own, adafactor(with(rate)), options.clip);
+  }
   return std::make_unique<peft::AdamW>(trained, groups, with(rate), options.clip);
 }
 
-inline std::unique_ptr<peft::Schedule> make_schedule(peft::AdamW& optimizer, const TrainOptions& options,
-                                                     int64_t total) {
+inline std::unique_ptr<peft::Schedule> make_schedule(peft::AdapterOptimizer& optimizer,
+                                                     const TrainOptions& options, int64_t total) {
   const auto warmup =
       static_cast<int64_t>(options.warmup < 1 ? std::floor(options.warmup * static_cast<double>(total) + 1e-9)
                                               : std::floor(options.warmup));
@@ -176,7 +200,16 @@ inline std::unique_ptr<peft::Schedule> make_schedule(peft::AdamW& optimizer, con
 
 /// A method for a run with these options. `steps`: of the run, 0 as long as they are not known.
 inline Method read_method(const TrainOptions& options, const std::string& text, int64_t steps = 0) {
-  return parse_method(text, options.targets, options.pooling == Pooling::cls ? "classifier" : "", steps);
+  const auto tasks = std::max<int64_t>(1, static_cast<int64_t>(options.train.size()));
+  auto method =
+      parse_method(text, options.targets, options.pooling == Pooling::cls ? "classifier" : "", steps, tasks);
+  if (tasks > 1 && method.name != "multitask_prompt") {
+    throw std::runtime_error(
+        fmt::format("--train: several files are several tasks, which only "
+                    "--method multitask_prompt has, but got {}",
+                    method.name));
+  }
+  return method;
 }
 
 /// Trains and leaves the adapter in `options.out`. Messages go to stderr.
@@ -251,6 +284,7 @@ class Run {
     torch::manual_seed(options_.seed);
     task_ = std::make_unique<Task>(
         Task::for_training(base, options_.pooling, static_cast<int64_t>(data_.labels.size())));
+    task_->gradient_checkpointing(options_.gradient_checkpointing);
     if (options_.init_adapter.empty()) {
       task_->attach(*method_);
       if (starts_from_data(*method_)) {
@@ -263,9 +297,9 @@ class Run {
       }
     } else {
       task_->attach(options_.init_adapter);
-      for (const auto& note : task_->notes()) say("note: " + note);
       compare_labels();
     }
+    for (const auto& note : task_->notes()) say("note: " + note);
     check_sizes();
     trained_ = std::make_unique<peft::Adapter>(task_->trained());
     rate_ = method_ && method_->rate ? *method_->rate : init_rate_.value_or(options_.rate);
@@ -444,9 +478,7 @@ class Run {
     for (size_t i = 0; i < batches.size(); ++i) {
       if (rows[i] == 0) continue;
       const auto& batch = batches[i];
-      const auto logits =
-          batch.features.defined() ? task_->logits(batch.features) : task_->logits(batch.inputs);
-      auto loss = task_->loss(logits, batch.labels);
+      auto loss = task_->loss(logits(*task_, batch), batch.labels);
       if (batches.size() > 1) loss = loss * (rows[i] / all_rows);
       sum += loss.item<double>();
       if (!std::isfinite(sum))
@@ -481,6 +513,8 @@ class Run {
     if (log_) log_->evaluation(done_, result.loss, result.accuracy);
     say(fmt::format("step {}: accuracy {:.2f} % ({} of {}), loss {:.4f}", done_, 100 * result.accuracy,
                     result.correct, result.rows, result.loss));
+    for (size_t i = 0; i < result.tasks.size(); ++i)
+      say(fmt::format("  task {}: {:.2f} %  '{}'", i, 100 * result.tasks[i], options_.test[i].string()));
     if (result.accuracy <= best_accuracy_) return;
     require_finite();
     best_accuracy_ = result.accuracy;
@@ -548,6 +582,7 @@ class Run {
                                                    100 * best_accuracy_, best_step_)
                                      : "",
                       folder_.path().string(), peft::internal::bytes_text(row_.adapter_bytes)));
+      if (method_ && method_->fusion && data_.test) fmt::print("{}", fusion_table());
       if (!row_.ranks.empty()) {
         say(fmt::format("ranks over training: '{}'", (folder_.path() / RunFolder::rank_picture).string()));
         fmt::print("{}", rank_table(row_.ranks));
@@ -556,13 +591,33 @@ class Run {
     return row_;
   }
 
+  /// The accuracy of each adapter of a fusion, with its own head where that has the run's labels, and the
+  /// fusion's after the last step.
+  std::string fusion_table() {
+    std::vector<std::vector<std::string>> cells{{"adapter", "accuracy"}};
+    const auto percent = [](double accuracy) { return fmt::format("{:.2f} %", 100 * accuracy); };
+    const BaseOptions base{options_.model, internal::parse_dtype(options_.dtype), std::nullopt,
+                           task_->device()};
+    for (const auto& folder : method_->fused) {
+      const auto settings = Settings::read(folder);
+      std::string shown = "- (other labels)";
+      if (settings && settings->labels == data_.labels) {
+        auto alone = Task::for_prediction(base, folder, settings);
+        shown = percent(evaluate(alone, *data_.test).accuracy);
+      }
+      cells.push_back({folder, shown});
+    }
+    cells.push_back({"fusion", percent(row_.accuracy_curve.back().value)});
+    return aligned(cells);
+  }
+
   TrainOptions options_;
   RunFolder folder_;
   std::optional<Method> method_;
   RunData data_;
   std::unique_ptr<Task> task_;
   std::unique_ptr<peft::Adapter> trained_;
-  std::unique_ptr<peft::AdamW> optimizer_;
+  std::unique_ptr<peft::AdapterOptimizer> optimizer_;
   std::unique_ptr<peft::Schedule> schedule_;
   std::unique_ptr<StepLog> log_;
   std::unique_ptr<Progress> progress_;

@@ -373,6 +373,101 @@ def add_adapter_cases(cases):
            "peft_finetune.json", "pooling")
 
 
+def add_several_cases(cases):
+    """Adapters that work together: prompts that vote, tasks that share a prompt, bottlenecks that are fused."""
+    def fit(name, method, *arguments, model=None, train=None):
+        out = f"{cases.folder('several')}/{name}"
+        tiny.good("train", "--model", model or cases.model, "--train", train or cases.train, "--method", method, "--steps",
+                  "2", "--batch-size", "4", "--out", out, *arguments)
+        return out
+
+    def table(name, rows):
+        return tiny.write_tsv(f"{cases.folder('several')}/{name}.tsv", rows)
+
+    horses = table("horses", [(label.replace("bird", "horse"), text) for label, text in tiny.rows(24)])
+    short, long = (fit(f"prompt{n}", f"prompt_tuning:virtual_tokens={n}") for n in (3, 4))
+    others = fit("horse_prompt", "prompt_tuning:virtual_tokens=3", train=horses)
+    wide = fit("wide_prompt", "prompt_tuning:virtual_tokens=3", model=cases.wider)
+    pooled = fit("pooled_prompt", "prompt_tuning:virtual_tokens=3", "--pooling", "mean")
+
+    prompt = "prompt_tuning:virtual_tokens=3"
+    cases.train_with("ensemble: of one", "--ensemble", "2", method=prompt, targets="", extra=["--ensemble", "1"])
+    cases.train_with("ensemble: of LoRAs", "--ensemble", "lora", "prompt_tuning", extra=["--ensemble", "3"])
+    cases.train_with("ensemble: longer than the model", "positions", "130", method="prompt_tuning:virtual_tokens=200",
+                     targets="", extra=["--ensemble", "2"])
+    cases.add("ensemble: of an adapter to go on from",
+              ["train", "--model", cases.model, "--train", cases.train, "--init-adapter", short, "--ensemble", "2", "--out",
+               "OUT"], "--ensemble", "--init-adapter")
+
+    def vote(name, *culprits, folders, extra=("--text", "red cat")):
+        adapters = [word for folder in folders for word in ("--adapter", folder)]
+        cases.predict_with(f"ensemble: {name}", *culprits, extra=[*adapters, *extra])
+
+    vote("other lengths", long, "4", "3", folders=[short, long])
+    vote("no prompt", cases.adapter, "has no prompt", folders=[short, cases.adapter])
+    vote("no prompt first", cases.adapter, "has no prompt", folders=[cases.adapter, short])
+    vote("other labels", others, short, "horse", "bird", folders=[short, others])
+    vote("other pooling", pooled, "mean", "cls", folders=[short, pooled])
+    vote("another model's", wide, folders=[short, wide])
+    vote("twice", short, "twice", folders=[short, long, short])
+    vote("no such folder", cases.root + "/none", folders=[short, cases.root + "/none"])
+    vote("ready batches", "--inputs", folders=[short, others], extra=["--inputs", cases.inputs])
+
+    several = "multitask_prompt:virtual_tokens=3,rank=2"
+    two = fit("two_tasks", several, "--train", cases.train)
+
+    def tasks(name, *culprits, method=several, extra=(), **options):
+        cases.train_with(f"tasks: {name}", *culprits, method=method, targets="", extra=extra, **options)
+
+    tasks("other labels", horses, cases.train, "bird", "horse", extra=["--train", horses])
+    tasks("one test file", "--test", "2", "1", extra=["--train", cases.train, "--test", cases.train])
+    tasks("test files without tasks", "--test", "1", "2", extra=["--test", cases.train, "--test", cases.train])
+    pairs = tiny.write_tsv(f"{cases.folder('several')}/pairs.tsv", tiny.rows(24, pairs=True), pairs=True)
+    tasks("pairs", pairs, "two", extra=["--train", pairs])
+    tasks("another method", "--train", "multitask_prompt", "prompt_tuning", method=prompt, extra=["--train", cases.train])
+    tasks("an ensemble", "--ensemble", "--train", extra=["--train", cases.train, "--ensemble", "2"])
+    source = f"multitask_prompt:source={two},init="
+    tasks("source without init", "source", "init", method=f"multitask_prompt:source={two}")
+    tasks("init without source", "source", "init", method="multitask_prompt:init=average_source_tasks")
+    tasks("task of none", "source_task", method=source + "average_source_tasks,source_task=0")
+    tasks("task there is not", "source_task", "0 to 1", "2", method=source + "exact_source_task,source_task=2")
+    tasks("several from one", "tasks", "2", method=source + "exact_source_task", extra=["--train", cases.train])
+    tasks("another length", "prompt_embeddings", method=source + "only_source_shared,virtual_tokens=5")
+    tasks("another method's source", "prompt_embeddings",
+          method=f"multitask_prompt:source={cases.adapter},init=only_source_shared")
+    tasks("another model's source", "prompt_embeddings", method=f"multitask_prompt:source={wide},init=only_source_shared")
+    tasks("no such source", "/none", method=f"multitask_prompt:source={cases.root}/none,init=only_source_shared")
+    cases.predict_with("tasks: none chosen", "--task", two, "2", adapter=two)
+    cases.predict_with("tasks: chosen beyond", "--task", "0 to 1", "2", adapter=two,
+                       extra=["--text", "cat", "--task", "2"])
+    cases.predict_with("tasks: chosen of none", "--task", "1", adapter=short, extra=["--text", "cat", "--task", "1"])
+
+    one, wide_bottleneck = (fit(name, "pfeiffer:reduction_factor=4", model=model)
+                            for name, model in (("bottleneck", None), ("wide_bottleneck", cases.wider)))
+
+    def fused(name, *culprits, folders, keys="", **options):
+        cases.train_with(f"fusion: {name}", "fusion", *culprits, method=f"fusion:adapters=[{','.join(folders)}]{keys}",
+                         targets="", **options)
+
+    cases.train_with("fusion: of nothing", "adapters", "two", method="fusion", targets="")
+    fused("of one", "adapters", "two", "1", folders=[one])
+    fused("no such folder", "/none", folders=[one, cases.root + "/none"])
+    fused("of a LoRA", cases.adapter, "AdapterHub", folders=[one, cases.adapter])
+    fused("of another model's", wide_bottleneck, folders=[one, wide_bottleneck])
+    fused("of nothing projected", "query, key and value", folders=[one, one],
+          keys=",query=false,key=false,value=false")
+    fused("dropout of 1", "dropout", "1", folders=[one, one], keys=",dropout=1")
+    whole = fit("fusion", f"fusion:adapters=[{one},{one}]")
+    broken = copied(whole, f"{cases.folder('several')}/without")
+    shutil.rmtree(f"{broken}/adapters/bottleneck-2")
+    cases.predict_with("fusion: an adapter is missing", "bottleneck-2", adapter=broken)
+    broken = copied(whole, f"{cases.folder('several')}/cut")
+    os.truncate(f"{broken}/model_adapter_fusion.safetensors", 60)
+    cases.predict_with("fusion: cut short", "model_adapter_fusion.safetensors", adapter=broken)
+    broken = copied(whole, f"{cases.folder('several')}/headless", without=["model_head.safetensors"])
+    cases.predict_with("fusion: no head", "model_head.safetensors", adapter=broken)
+
+
 def add_inputs_cases(cases):
     def inputs(name, change, *culprits, command="train"):
         path = f"{cases.folder('inputs')}/{name.replace(' ', '_')}.safetensors"
@@ -597,7 +692,8 @@ def main():
     failures, count = 0, 0
     with tempfile.TemporaryDirectory() as root:
         cases = Cases(os.path.realpath(root))
-        for add in (add_data_cases, add_option_cases, add_model_cases, add_adapter_cases, add_inputs_cases):
+        for add in (add_data_cases, add_option_cases, add_model_cases, add_adapter_cases, add_several_cases,
+                    add_inputs_cases):
             add(cases)
         jobs = [(case[0], lambda case=case: cases.check(case)) for case in cases.cases]
         jobs += [(function.__name__.replace("_", " "), lambda function=function: function(cases)) for function in SPECIAL]

@@ -4,8 +4,9 @@
 
 #include "train/increlora_trace.h"
 
-int main() {
+int main(int /*count*/, char** /*words*/) {
   auto traces = nlohmann::json::array();
   for (const auto& job : nlohmann::json::parse(std::cin)) traces.push_back(increlora::trace(job));
   std::cout << traces.dump() << '\n';
+  return 0;
 }

@@ -180,6 +180,7 @@ struct Run {
 /// `note`: what the grower says.
 inline json trace(
     const json& job, const std::function<void(const std::string&)>& note = [](const std::string&) {}) {
+  const peft::FastPaths paths(job["options"]["dropout"] == 0.0);  // the plain forms drop as Python does
   Run run(job);
   run.grower->note = note;
   torch::manual_seed(job["seed"].get<uint64_t>());

@@ -4,6 +4,7 @@
 
 #include "io/temporary_folder.h"
 #include "peft/train/checkpoint.h"
+#include "peft/train/optimizer.h"
 #include "train/adapted_net.h"
 
 namespace {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <sstream>
+#include <tuple>
 
 #include "peft/methods/bias.h"
 #include "peft/train/autocast.h"
@@ -79,6 +80,7 @@ TEST_CASE("One step of AdamW equals torch's on tensors of odd sizes", "[optimize
 TEST_CASE("Both forms of AdamW give the reference's values", "[optimizer]") {
   // tests/reference/adamw_values.py
   const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
+  const bool composed = GENERATE(true, false) || type == torch::kBFloat16;
   struct Reference {
     peft::AdamW::Form form;
     int steps;
@@ -106,12 +108,81 @@ TEST_CASE("Both forms of AdamW give the reference's values", "[optimizer]") {
       std::vector<double> gradient;
       for (int i = 0; i < 4; ++i) gradient.push_back(std::sin(1.0 + step * 0.7 + i * 1.3) * (i + 1) * 0.1);
       torch::NoGradGuard no_grad;
-      peft::internal::adamw(segment.values, torch::tensor(gradient, type), segment.columns[0],
-                            segment.columns[1], {0.01, 0.9, 0.999, 1e-3, 0.1, reference.form}, step, {});
+      const auto& [values, gradients, mean, square] =
+          std::tie(segment.values, segment.gradients, segment.columns[0], segment.columns[1]);
+      gradients.copy_(torch::tensor(gradient, type));
+      const peft::internal::AdamWSettings settings{0.01, 0.9, 0.999, 1e-3, 0.1, reference.form};
+      if (composed) {
+        peft::internal::adamw(values, gradients, mean, square, settings,
+                              {torch::full({}, 0.01), torch::full({}, static_cast<double>(step))}, {});
+      } else {
+        peft::internal::adamw(values, gradients, mean, square, settings, step);
+      }
     }
-    const double tolerance = type == torch::kDouble ? 1e-15 : type == torch::kFloat ? 1e-6 : 0.1;
+    // The composed form has its rate in float.
+    const double exact = composed ? 1e-8 : 5e-15;
+    const double tolerance = type == torch::kDouble ? exact : type == torch::kFloat ? 1e-6 : 0.1;
     CHECK(difference({segment.values}, {torch::tensor(reference.values, torch::kDouble)}) <= tolerance);
   }
+}
+
+TEST_CASE("AdamW and the sum of squares give the same bits at every level of vector instructions",
+          "[optimizer]") {
+  using peft::internal::CpuLevel;
+  torch::manual_seed(11);
+  const int64_t count = GENERATE(1, 7, 16, 31, 33, 40000);
+  const auto form = GENERATE(peft::AdamW::Form::torch, peft::AdamW::Form::transformers);
+  std::vector<torch::Tensor> start;
+  for (int i = 0; i < 4; ++i) start.push_back(torch::randn({count + 1}).narrow(0, 1, count));  // unaligned
+  start[3] = start[3].square();
+  std::vector<std::vector<torch::Tensor>> results;
+  std::vector<double> sums;
+  for (const auto level : {CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512}) {
+    const peft::internal::CpuLevelGuard guard(level);
+    CHECK(peft::internal::cpu_level() <= level);
+    results.push_back(copies(start));
+    const auto& x = results.back();
+    for (int step = 1; step <= 3; ++step) {
+      peft::internal::adamw(x[0], x[1], x[2], x[3], {1e-2, 0.9, 0.99, 1e-8, 0.1, form}, step, 0.3);
+    }
+    sums.push_back(peft::internal::sum_of_squares(x[1].data_ptr<float>(), count));
+  }
+  CHECK(peft::internal::cpu_level() == peft::internal::highest_cpu_level());
+  for (size_t level = 1; level < results.size(); ++level) {
+    for (size_t i = 0; i < 4; ++i) CHECK(torch::equal(results[level][i], results[0][i]));
+    CHECK(sums[level] == sums[0]);
+  }
+  CHECK_THAT(sums[0], WithinRel(start[1].to(torch::kDouble).square().sum().item<double>(), 1e-12));
+}
+
+TEST_CASE("A capturable AdamW reads rate and step where prepare_step puts them", "[optimizer]") {
+  const auto type = GENERATE(torch::kFloat, torch::kBFloat16);
+  auto [net, adapter] = adapted_net();
+  auto [other, same] = adapted_net();
+  net->to(type);
+  other->to(type);
+  const auto is_value = [](const std::string& name) { return name.starts_with("value."); };
+  const auto options = AdamWOptions(1e-2).weight_decay(0.1);
+  peft::AdamW ours(adapter, {{is_value, AdamWOptions(3e-2)}}, options, 0.5);
+  peft::AdamW plain(same, {{is_value, AdamWOptions(3e-2)}}, options, 0.5);
+  CHECK_THROWS_WITH(ours.prepare_step(), Contains("is for an optimizer that is capturable"));
+  ours.capturable(true);
+  for (int step = 0; step < 5; ++step) {
+    for (auto* optimizer : {&ours, &plain}) {
+      optimizer->param_groups()[0].options().set_lr(1e-2 / (1 + step));
+      optimizer->zero_grad();
+    }
+    ours.prepare_step();
+    loss_of(net, batch(step, type)).backward();
+    loss_of(other, batch(step, type)).backward();
+    ours.step();
+    plain.step();
+  }
+  CHECK(difference(adapter.parameters(), same.parameters()) == 0);
+  ours.prepare_step();
+  ours.zero_grad();
+  loss_of(net, batch(0, type), /*all=*/false).backward();
+  CHECK_THROWS_WITH(ours.step(), Contains("every parameter of a capturable optimizer must have a gradient"));
 }
 
 TEST_CASE("The form is chosen on the optimizer", "[optimizer]") {

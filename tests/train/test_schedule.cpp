@@ -3,6 +3,7 @@
 #include <torch/optim/schedulers/step_lr.h>
 #include <torch/optim/sgd.h>
 
+#include "peft/train/optimizer.h"
 #include "peft/train/schedule.h"
 #include "train/adapted_net.h"
 

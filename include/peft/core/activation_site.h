@@ -59,6 +59,10 @@ class ActivationSite : public SiteImpl {
     return torch::OrderedDict<std::string, Tensor>();
   }
 
+  std::vector<std::pair<std::string, std::shared_ptr<nn::Module>>> base_children() const override {
+    return {};
+  }
+
   void set_surroundings(torch::ScalarType dtype, torch::Device device) override {
     dtype_ = dtype;
     device_ = device;

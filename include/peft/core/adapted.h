@@ -59,6 +59,10 @@ class BaseView final : public LayerView {
       TORCH_CHECK(false, layer_->name(), " has no low-rank form");
     }
   }
+  std::optional<PlainLinear> plain_linear() const override {
+    if constexpr (PlainLinearLayer<Layer>) return SiteTraits<Layer>::plain_linear(layer_);
+    return {};
+  }
   const LayerView& base() const override { return *this; }
 
   /// The type of the base's first output, which is the type the site returns: what pieces compute with other
@@ -122,6 +126,10 @@ class LayerSite : public internal::WeightSite {
 
   torch::OrderedDict<std::string, Tensor> base_parameters() const override {
     return base->named_parameters();
+  }
+
+  std::vector<std::pair<std::string, std::shared_ptr<nn::Module>>> base_children() const override {
+    return base->named_children().pairs();
   }
 
   void train(bool on = true) override {
@@ -221,6 +229,18 @@ class AdaptedImpl : public LayerSite<Layer, AdaptedImpl<Layer>> {
   /// The same for a model that also calls this layer on its relative positions (DeBERTa's shared
   /// projections): without the pieces that leave positions alone.
   Tensor forward_positions(const Tensor& x) { return this->chain(x, /*positions=*/true); }
+
+  /// The layer and what its adapters add to it now, where that is nothing or one low-rank term.
+  std::optional<internal::LowRankLinear> low_rank() const requires PlainLinearLayer<Layer> {
+    if (RowAdapters::current()) return {};
+    const auto tree = this->active_tree();
+    if (tree && (!tree->children.empty() || tree->pieces.size() > 1)) return {};
+    internal::LowRankLinear result{SiteTraits<Layer>::plain_linear(this->base), {}};
+    if (!tree || tree->pieces.empty()) return result;
+    result.term = tree->pieces.front()->low_rank();
+    if (!result.term) return {};
+    return result;
+  }
 };
 
 /// Holder of `AdaptedImpl`.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "peft/core/site_traits.h"
@@ -22,7 +23,9 @@ inline Tensor turn_blocks(const Tensor& x, const Tensor& R) {
 inline Tensor cayley(const Tensor& Q) {
   const auto wide = Q.element_size() < 4 ? Q.to(torch::kFloat32) : Q;
   const auto I = torch::eye(Q.size(-1), wide.options().requires_grad(false)).expand_as(wide);
-  return at::linalg_solve(I + wide, I - wide, /*left=*/false).to(Q.scalar_type());
+  // Without a look at errors, which would wait for the device: I plus a skew matrix has an inverse.
+  const auto solved = at::linalg_solve_ex(I + wide, I - wide, /*left=*/false, /*check_errors=*/false);
+  return std::get<0>(solved).to(Q.scalar_type());
 }
 
 /// R with the blocks where `mask`, of shape (…, blocks), is 1 set to the identity: multiplicative dropout.

@@ -99,30 +99,15 @@ class StepGuard {
 
 namespace internal {
 
-/// ‖P Pᵀ − I‖_F of a matrix, or of its transpose, and, where asked for, `weight` times its gradient
-/// 2 (P Pᵀ − I) P / ‖P Pᵀ − I‖_F, added to `gradient`. At exact orthogonality, where it has none, the
-/// gradient is 0, as torch's norm has it.
-inline Tensor orthogonality(const Tensor& matrix, bool transposed) {
-  const auto P = transposed ? matrix.t() : matrix;
-  auto difference = at::mm(P, P.t());
-  difference.diagonal().sub_(1);
-  return difference.norm();
-}
-inline void add_orthogonality_gradient(const Tensor& matrix, bool transposed, double weight,
-                                       Tensor& gradient) {
-  const auto P = transposed ? matrix.t() : matrix;
-  auto difference = at::mm(P, P.t());
-  difference.diagonal().sub_(1);
-  const auto norm = difference.norm();
-  const auto factor = torch::where(norm > 0, 2 * weight / norm, torch::zeros_like(norm));
-  const auto direction = at::mm(difference, P) * factor;
-  gradient.add_(transposed ? direction.t() : direction);
-}
-
 /// A parameter's gradient, made if there is none.
 inline Tensor gradient_of(const Tensor& parameter) {
   if (!parameter.grad().defined()) Tensor(parameter).mutable_grad() = torch::zeros_like(parameter);
   return parameter.grad();
+}
+
+/// Tells autograd that tensors were written to, which LibTorch's `_foreach` operations do not.
+inline void mark_written(const std::vector<Tensor>& tensors) {
+  for (const auto& tensor : tensors) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace internal

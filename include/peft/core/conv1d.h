@@ -49,6 +49,7 @@ struct SiteTraits<TransposedLinear> {
     return at::linear(at::linear(x, A), B);
   }
   static Tensor fold(const Tensor& BA, const Tensor&) { return BA.t(); }
+  static PlainLinear plain_linear(const TransposedLinear& layer) { return {layer->weight.t(), layer->bias}; }
   static SiteInfo info(const TransposedLinear& layer) {
     auto info = internal::weighted_info("Conv1D", weights(layer));
     info.fan_in = {layer->weight.size(0)};

@@ -34,7 +34,7 @@ class FlatStorage {
   /// Where a tensor lies.
   struct Place {
     size_t segment = 0;
-    int64_t offset = 0;
+    int64_t offset = 0, size = 0;
   };
 
   FlatStorage() = default;
@@ -78,10 +78,10 @@ class FlatStorage {
     torch::NoGradGuard no_grad;
     gather_values();
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const Tensor& gradient = tensors_[i].grad();
+      const Tensor& gradient = gradient_of(tensors_[i]);
       auto& slice = slices_[i].gradient;
       if (gradient.is_same(slice)) {
-        defined_[i] = slice._version() != slices_[i].mark;
+        defined_[i] = version(slice) != slices_[i].mark;
       } else if (!gradient.defined()) {
         defined_[i] = false;
       } else {
@@ -98,6 +98,27 @@ class FlatStorage {
     return defined_;
   }
 
+  /// Calls `work(segment, first tensor, begin, size)` for each longest stretch of tensors that `chosen` says
+  /// yes to and whose `key(tensor)` is the same.
+  template <class Key, class Work>
+  void for_each_run(const std::vector<char>& chosen, const Key& key, const Work& work) const {
+    for (const auto& segment : segments_) {
+      const auto& members = segment.members;
+      for (size_t i = 0; i < members.size();) {
+        const size_t first = members[i];
+        const auto like = key(first);
+        const int64_t begin = places_[first].offset;
+        int64_t end = begin;
+        for (; i < members.size(); ++i) {
+          const size_t next = members[i];
+          if (chosen[next] != chosen[first] || !(key(next) == like)) break;
+          end = places_[next].offset + places_[next].size;
+        }
+        if (chosen[first] && end > begin) work(segment, first, begin, end - begin);
+      }
+    }
+  }
+
   /// What the last `gather` returned; tensors appended since are undefined.
   const std::vector<char>& defined() const { return defined_; }
 
@@ -109,8 +130,8 @@ class FlatStorage {
     for (auto& segment : segments_) segment.gradients.zero_();
     for (size_t i = 0; i < tensors_.size(); ++i) {
       auto& slice = slices_[i];
-      if (!tensors_[i].grad().is_same(slice.gradient)) tensors_[i].mutable_grad() = slice.gradient;
-      slice.mark = slice.gradient._version();
+      if (!gradient_of(tensors_[i]).is_same(slice.gradient)) tensors_[i].mutable_grad() = slice.gradient;
+      slice.mark = version(slice.gradient);
     }
   }
 
@@ -132,6 +153,12 @@ class FlatStorage {
     int64_t mark = 0;         ///< the gradient's version when it was cleared
   };
 
+  // Without the ways through the dispatcher and the checks for leaves: these run for every tensor and step.
+  static const Tensor& gradient_of(const Tensor& tensor) { return tensor.unsafeGetTensorImpl()->grad(); }
+  static int64_t version(const Tensor& tensor) {
+    return static_cast<int64_t>(tensor.unsafeGetTensorImpl()->version_counter().current_version());
+  }
+
   const Segment& segment_of(size_t index) const { return segments_[places_[index].segment]; }
   Tensor view(const Tensor& flat, size_t index) const {
     return flat.narrow(0, places_[index].offset, tensors_[index].numel()).view(tensors_[index].sizes());
@@ -147,9 +174,10 @@ class FlatStorage {
           tensor.sizes() != slice.value.sizes()) {
         moved.push_back(i);
       }
-      const Tensor& gradient = tensor.grad();
-      TORCH_CHECK(!gradient.defined() || !gradient.is_sparse(),
-                  "AdamW does not support sparse gradients (hint: an nn::Embedding with sparse(false))");
+      const Tensor& gradient = gradient_of(tensor);
+      TORCH_CHECK(
+          gradient.is_same(slice.gradient) || !gradient.defined() || !gradient.is_sparse(),
+          "the optimizer does not support sparse gradients (hint: an nn::Embedding with sparse(false))");
     }
     for (const size_t i : moved) {
       const auto& was = slices_[i].value;
@@ -182,7 +210,7 @@ class FlatStorage {
         sizes.push_back(0);
       }
       segments[index].members.push_back(i);
-      places[i] = {index, sizes[index - old]};
+      places[i] = {index, sizes[index - old], tensors_[i].numel()};
       sizes[index - old] += tensors_[i].numel();
     }
     for (size_t s = old; s < segments.size(); ++s) {

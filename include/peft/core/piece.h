@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "peft/core/compat.h"
 #include "peft/core/shared.h"
 #include "peft/core/site_traits.h"
+#include "peft/kernels/low_rank_linear.h"
 
 namespace peft {
 
@@ -26,6 +28,8 @@ class LayerView {
   virtual Tensor low_rank(const Tensor& x, const Tensor& A, const Tensor& B) const = 0;
   /// (fan_out, prod(fan_in)) → the layout the layer stores its weight in.
   virtual Tensor fold(const Tensor& BA) const = 0;
+  /// The layer, where it is a linear one with nothing over it.
+  virtual std::optional<PlainLinear> plain_linear() const { return {}; }
   virtual const LayerView& base() const = 0;
 };
 
@@ -45,6 +49,10 @@ class PieceImpl : public nn::Module {
   virtual Tensor forward(const Tensor& x, const LayerView& layer) {
     return layer.apply(x, effective(layer.weights(), layer));
   }
+
+  /// What `forward` adds to a linear layer, where it is one low-rank term and nothing else. Layers that share
+  /// an input are then run together (`peft::project`).
+  virtual std::optional<LowRankTerm> low_rank() const { return {}; }
 
   /// W′ from the weights that reach this piece.
   virtual Weights effective(const Weights& weights, const LayerView& layer) const = 0;
@@ -130,6 +138,19 @@ class PieceImpl : public nn::Module {
     auto result = copy();
     if (device) result->to(*device);
     return result;
+  }
+
+ protected:
+  /// F(x) and `low_rank` in one node of the graph; nothing where the layer or its kernel does not allow it.
+  std::optional<Tensor> fused_forward(const Tensor& x, const LayerView& layer) const {
+    if (!FastPaths::enabled()) return {};
+    auto linear = layer.plain_linear();
+    if (!linear) return {};
+    auto term = low_rank();
+    if (!term) return {};
+    auto outputs = internal::low_rank_linear(x, {{std::move(*linear), std::move(term)}});
+    if (!outputs) return {};
+    return std::move(outputs->front());
   }
 
  private:

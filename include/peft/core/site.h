@@ -133,6 +133,7 @@ class SiteImpl : public nn::Module {
       return attached.piece->substitutes() && !other.piece->substitutes();
     });
     pieces.insert(under, std::move(attached));
+    change();
   }
   /// Hangs what an adapter's pieces of one method share into the module tree, at
   /// `<adapter>.shared.<method>`, and ties the pieces of this site to it.
@@ -153,7 +154,9 @@ class SiteImpl : public nn::Module {
     return found == adapters_.end() ? none : found->second.shared;
   }
   void detach(const std::string& adapter) {
-    if (adapters_.erase(adapter)) unregister_module(adapter);
+    if (!adapters_.erase(adapter)) return;
+    unregister_module(adapter);
+    change();
   }
   /// `from` becomes `to`; the record is renamed by the caller.
   void rename(const std::string& from, const std::string& to) {
@@ -163,18 +166,30 @@ class SiteImpl : public nn::Module {
     register_module(to, node.mapped().container);
     node.key() = to;
     adapters_.insert(std::move(node));
+    change();
   }
   /// True if a child, parameter or buffer of the base has this name already.
   bool owns_name(const std::string& name) const {
     if (adapters_.count(name)) return false;
-    return named_children().contains(name) || named_parameters(false).contains(name) ||
-           named_buffers(false).contains(name);
+    const auto children = base_children();
+    return std::any_of(children.begin(), children.end(),
+                       [&](const auto& child) { return child.first == name; }) ||
+           named_parameters(false).contains(name) || named_buffers(false).contains(name);
+  }
+  /// The children that are no adapters.
+  virtual std::vector<std::pair<std::string, std::shared_ptr<nn::Module>>> base_children() const {
+    std::vector<std::pair<std::string, std::shared_ptr<nn::Module>>> children;
+    for (const auto& child : named_children()) {
+      if (!adapters_.count(child.key())) children.emplace_back(child.key(), child.value());
+    }
+    return children;
   }
 
   /// Says that this site's weight is the matrix of `words`: what acts on it in all its uses
   /// (`PieceImpl::follows_ties`) acts here too, while both are one. A model says it again of its clones.
   void tie_to(const std::shared_ptr<SiteImpl>& words) {
     words_ = words;
+    change();
     std::erase_if(words->heads_,
                   [this](const auto& head) { return head.expired() || head.lock().get() == this; });
     words->heads_.push_back(std::dynamic_pointer_cast<SiteImpl>(shared_from_this()));
@@ -183,7 +198,12 @@ class SiteImpl : public nn::Module {
   bool acts(const std::string& adapter) const { return !resolve({adapter}).empty(); }
 
   const std::shared_ptr<Activation>& activation() const { return activation_; }
-  void share(std::shared_ptr<Activation> activation) { activation_ = std::move(activation); }
+  void share(std::shared_ptr<Activation> activation) {
+    if (activation == activation_) return;
+    activation_ = std::move(activation);
+    number_ = activation_->join();
+    change();
+  }
   void set_record(const std::string& adapter, const std::shared_ptr<AdapterRecord>& record) {
     for (auto& attached : adapters_.at(adapter).pieces) attached.record = record;
   }
@@ -279,7 +299,7 @@ class SiteImpl : public nn::Module {
   void copy_adapters_from(const SiteImpl& other) {
     path_ = other.path_;
     merged_ = other.merged_;
-    activation_ = std::make_shared<Activation>();
+    share(std::make_shared<Activation>());
     activation_->set(*other.activation_->get());
     for (const auto& child : other.named_children()) {  // the order of registration
       const auto found = other.adapters_.find(child.key());
@@ -302,6 +322,19 @@ class SiteImpl : public nn::Module {
     auto set = ForwardScope::active(activation_);
     return set->enabled ? set : nullptr;
   }
+  /// The pieces this forward runs over, or nullptr where no adapter can matter.
+  std::shared_ptr<const PieceTree> active_tree() const {
+    auto set = active_set();
+    if (!set) return nullptr;
+    const auto build = [&] { return resolve(set->composition); };
+    if (const auto* kept = set->trees->of(number_, state(), build)) return {std::move(set), kept};
+    return std::make_shared<const PieceTree>(build());
+  }
+  /// To be called when the site's pieces or weights are no longer those that `set_active` checked.
+  void change() {
+    ++changes_;
+    activation_->forget();
+  }
 
   /// Runs a site's forward over its active pieces: `run(flow, tree)` for the flow's rows that use them, where
   /// blocks that divide the batch hold one child. Rows are put back in their places; a tensor that only some
@@ -311,12 +344,12 @@ class SiteImpl : public nn::Module {
     const auto* names = RowAdapters::current();
     TORCH_CHECK(!names || !is_merged(), "RowAdapters: '", path_, "' is merged (hint: unmerge first)");
     if (names) return run_groups(in, groups_of(*names, in), run, missing);
-    const auto set = active_set();
-    const auto tree = set ? resolve(set->composition) : PieceTree();
+    const auto active = active_tree();
+    const auto& tree = active ? *active : no_pieces();
     if (!tree.by_rows()) return run(in, tree);
     TORCH_CHECK(!tree.holds(Composition::Block::parallel) || ForwardScope::repeats(activation_),
                 "Parallel: '", path_, "' got a batch that its model has not repeated for ",
-                set->composition.branches(),
+                ForwardScope::active(activation_)->composition.branches(),
                 " adapters (hint: a model asks a site for branches() in its forward)");
     std::set<int64_t> starts;
     const auto batch = rows(in);
@@ -340,6 +373,15 @@ class SiteImpl : public nn::Module {
   std::vector<std::string> merged_;
 
  private:
+  static const PieceTree& no_pieces() {
+    static const PieceTree none;
+    return none;
+  }
+  /// Differs whenever `resolve` may.
+  uint64_t state() const {
+    const auto words = tied_words();
+    return words ? 2 * (changes_ + words->changes_) + 1 : 2 * changes_;
+  }
   /// The site whose matrix is this one's, while both are one.
   std::shared_ptr<SiteImpl> tied_words() const {
     auto words = words_.lock();
@@ -425,7 +467,7 @@ class SiteImpl : public nn::Module {
   template <class Run>
   Flow run_groups(const Flow& in, const std::vector<Group>& groups, const Run& run,
                   const Missing& missing) const {
-    if (groups.empty()) return run(in, PieceTree());
+    if (groups.empty()) return run(in, no_pieces());
     const auto batch = rows(in);
     std::vector<int64_t> order;
     std::vector<Flow> parts;
@@ -473,6 +515,8 @@ class SiteImpl : public nn::Module {
   std::weak_ptr<SiteImpl> words_;               ///< whose matrix is this site's too
   std::vector<std::weak_ptr<SiteImpl>> heads_;  ///< whose matrix this site's is
   std::shared_ptr<Activation> activation_ = std::make_shared<Activation>();
+  size_t number_ = activation_->join();  ///< among the sites that share it
+  uint64_t changes_ = 0;                 ///< of its pieces
 };
 
 }  // namespace peft

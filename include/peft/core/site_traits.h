@@ -21,6 +21,7 @@
 #include "peft/core/attention_options.h"
 #include "peft/core/compat.h"
 #include "peft/core/input_options.h"
+#include "peft/kernels/low_rank_linear.h"
 
 namespace peft {
 
@@ -182,6 +183,7 @@ struct SiteTraits<nn::Linear> {
     return at::linear(at::linear(x, A), B);
   }
   static Tensor fold(const Tensor& BA, const Tensor&) { return BA; }
+  static PlainLinear plain_linear(const nn::Linear& layer) { return {layer->weight, layer->bias}; }
   static SiteInfo info(const nn::Linear& layer) {
     auto info = internal::weighted_info("Linear", weights(layer));
     info.fan_in = {layer->weight.size(1)};
@@ -335,6 +337,12 @@ concept WeightLayer = requires(const Layer& layer, const Tensor& x, const Weight
   { SiteTraits<Layer>::weights(layer) } -> std::same_as<Weights>;
   { SiteTraits<Layer>::apply(layer, x, w) } -> std::convertible_to<Tensor>;
   { SiteTraits<Layer>::info(layer) } -> std::same_as<SiteInfo>;
+};
+
+/// A weighted layer that is y = x Wᵀ + b, for which there are kernels.
+template <class Layer>
+concept PlainLinearLayer = WeightLayer<Layer> && requires(const Layer& layer) {
+  { SiteTraits<Layer>::plain_linear(layer) } -> std::same_as<PlainLinear>;
 };
 
 /// A weighted layer that also knows a cheap form of x ↦ x (BA)ᵀ.

@@ -168,8 +168,8 @@ class WeightSite : public SiteImpl {
       }
       return base_weights();
     }
-    const auto set = active_set();
-    return set ? weights_under(resolve(set->composition)) : base_weights();
+    const auto tree = active_tree();
+    return tree ? weights_under(*tree) : base_weights();
   }
 
   std::string refusal(const PieceTree& tree) const override {
@@ -206,12 +206,15 @@ class WeightSite : public SiteImpl {
     if (keep) kept_ = Weights{alias(now.weight), alias(now.bias)};
     const auto put = [](Tensor parameter, const Tensor& value) {
       if (!parameter.defined() || value.is_same(parameter)) return;
-      // A copy: the values may be a piece's own tensors.
-      parameter.set_data(value.to(parameter.options(), /*non_blocking=*/false, /*copy=*/true).contiguous());
+      // Others may hold the memory: the values can be a piece's own tensors.
+      const bool shared = value.use_count() > 1 || value.storage().use_count() > 1 ||
+                          value.storage().nbytes() > value.nbytes() || !value.is_contiguous();
+      parameter.set_data(value.to(parameter.options(), /*non_blocking=*/false, /*copy=*/shared).contiguous());
     };
     put(now.weight, weights.weight);
     put(now.bias, weights.bias);
     merged_ = std::move(adapters);
+    change();
   }
 
   void swap_out() override {
@@ -221,6 +224,7 @@ class WeightSite : public SiteImpl {
     if (now.bias.defined()) Tensor(now.bias).set_data(kept_->bias);
     kept_.reset();
     merged_.clear();
+    change();
   }
 
   bool keeps_original() const override { return kept_.has_value(); }

@@ -42,12 +42,13 @@ class ModuleFinder {
     const auto title = config.format->title();
     std::vector<std::string> sites;
     std::set<std::string> unmatched(config.target_names.begin(), config.target_names.end());
+    const std::regex target(config.target_pattern), excluded(config.exclude_pattern);
     bool any = false;
     for (const auto& node : nodes_) {
       if (!config.own && node.site && node.site->info().files.kind != FileNames::Kind::layer) continue;
-      const bool matched = selects(config, node, unmatched);
+      const bool matched = selects(config, node, target, unmatched);
       any = any || matched;
-      if (!matched || is_left_out(config, node.path)) continue;
+      if (!matched || is_left_out(config, node.path, excluded)) continue;
       if (const auto parts = parts_of(node.path); !parts.empty()) {
         for (const auto& inner : parts) {
           const auto why = part.refusal(inner);
@@ -181,7 +182,8 @@ class ModuleFinder {
   }
 
   /// Hugging Face's `check_target_module_exists`, without what it leaves out.
-  bool selects(const PeftConfig& config, const Node& node, std::set<std::string>& unmatched) const {
+  bool selects(const PeftConfig& config, const Node& node, const std::regex& target,
+               std::set<std::string>& unmatched) const {
     const auto& path = node.path;
     if (path.empty()) return false;
     if (config.all_linear) {
@@ -192,7 +194,7 @@ class ModuleFinder {
           path == "lm_head" || (config.task_type == "SEQ_CLS" && (path == "classifier" || path == "score"));
       return linear && !head;
     }
-    if (!config.target_pattern.empty()) return std::regex_match(path, std::regex(config.target_pattern));
+    if (!config.target_pattern.empty()) return std::regex_match(path, target);
     bool found = false;
     for (const auto& name : config.target_names) {
       if (config.own ? path != name : !ends_in_name(path, name)) continue;
@@ -206,11 +208,10 @@ class ModuleFinder {
     return found;
   }
 
-  bool is_left_out(const PeftConfig& config, const std::string& path) const {
+  bool is_left_out(const PeftConfig& config, const std::string& path, const std::regex& excluded) const {
     const auto bears = [&](const std::string& name) { return ends_in_name(path, name); };
     if (std::any_of(config.exclude_names.begin(), config.exclude_names.end(), bears)) return true;
-    if (!config.exclude_pattern.empty() && std::regex_match(path, std::regex(config.exclude_pattern)))
-      return true;
+    if (!config.exclude_pattern.empty() && std::regex_match(path, excluded)) return true;
     return !config.own && lies_under(path, config.modules_to_save);
   }
 

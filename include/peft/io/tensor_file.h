@@ -9,6 +9,7 @@
 #include "peft/core/problems.h"
 #include "peft/io/pickle.h"
 #include "peft/io/safetensors.h"
+#include "peft/kernels/is_finite.h"
 
 namespace peft::internal {
 
@@ -70,7 +71,7 @@ template <class Items>
 std::vector<std::string> not_finite(const Items& items) {
   std::vector<std::string> keys;
   for (const auto& [meant, item] : items) {
-    if (!item.tensor.isfinite().all().template item<bool>()) keys.push_back(item.key);
+    if (!is_finite(item.tensor)) keys.push_back(item.key);
   }
   return keys;
 }

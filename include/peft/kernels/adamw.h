@@ -1,21 +1,13 @@
 // AdamW: one pass over a contiguous range of weights, gradients and moments.
 #pragma once
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
+#include <type_traits>
 
 #include "peft/core/compat.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PEFT_ADAMW_AVX2 1
-#include <immintrin.h>
-#else
-#define PEFT_ADAMW_AVX2 0
-#endif
+#include "peft/kernels/blocks.h"
+#include "peft/kernels/cpu.h"
 
 namespace peft {
 
@@ -34,7 +26,7 @@ struct AdamWSettings {
 };
 
 /// The constants of one update in the type it is computed in:
-/// m ← β1 m + (1−β1) g, v ← β2 v + (1−β2) g², p ← p·before − size·m/(√v/root + ε), p ← p + after·p.
+/// m ← β1 m + (1−β1) g, v ← β2 v + (1−β2) g², p ← p·before + size·m/(√v·inverse_root + ε), p ← p + after·p.
 template <class T>
 struct AdamWConstants {
   AdamWConstants(const AdamWSettings& settings, int64_t step, double scale) {
@@ -49,175 +41,144 @@ struct AdamWConstants {
     rest1 = static_cast<T>(1 - settings.beta1);
     rest2 = static_cast<T>(1 - settings.beta2);
     eps = static_cast<T>(settings.eps);
-    root = static_cast<T>(torch_form ? correction2 : 1.0);
-    minus_size = static_cast<T>(-settings.lr * (torch_form ? 1.0 : correction2) / correction1);
+    inverse_root = static_cast<T>(torch_form ? 1 / correction2 : 1.0);
+    size = static_cast<T>(-settings.lr * (torch_form ? 1.0 : correction2) / correction1);
     before = static_cast<T>(torch_form ? 1 - decay : 1.0);
     after = static_cast<T>(torch_form ? 0.0 : -decay);
   }
-  T gradient_scale, beta1, beta2, rest1, rest2, eps, root, minus_size, before, after;
+  T gradient_scale, beta1, beta2, rest1, rest2, eps, inverse_root, size, before, after;
 };
 
+/// The definition. Every sum of a product is rounded once, so that the vectors below give the same bits and
+/// no compiler is free to choose.
 template <class T>
 void adamw_loop(T* p, const T* g, T* m, T* v, int64_t count, const AdamWConstants<T>& c) {
   for (int64_t i = 0; i < count; ++i) {
     const T gradient = g[i] * c.gradient_scale;
-    m[i] = m[i] * c.beta1 + c.rest1 * gradient;
-    v[i] = v[i] * c.beta2 + c.rest2 * gradient * gradient;
-    const T updated = p[i] * c.before + c.minus_size * m[i] / (std::sqrt(v[i]) / c.root + c.eps);
-    p[i] = updated + c.after * updated;
+    m[i] = std::fma(gradient, c.rest1, m[i] * c.beta1);
+    v[i] = std::fma(c.rest2 * gradient, gradient, v[i] * c.beta2);
+    const T denominator = std::fma(std::sqrt(v[i]), c.inverse_root, c.eps);
+    const T updated = std::fma(p[i], c.before, c.size * m[i] / denominator);
+    p[i] = std::fma(updated, c.after, updated);
   }
 }
 
-template <class T>
-double sum_of_squares_loop(const T* x, int64_t count) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum;
-}
-
-#if PEFT_ADAMW_AVX2
-inline bool adamw_has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-}
-
-// By hand because compilers do not vectorise a square root that may set errno. The tail rounds as the vectors
-// do, so that a weight's update does not depend on where it lies.
+#if PEFT_HAS_AVX
+// By hand because compilers do not vectorise a square root that may set errno.
 __attribute__((target("avx2,fma"))) inline void adamw_avx2(float* p, const float* g, float* m, float* v,
                                                            int64_t count, const AdamWConstants<float>& c) {
   const __m256 scale = _mm256_set1_ps(c.gradient_scale), beta1 = _mm256_set1_ps(c.beta1),
                beta2 = _mm256_set1_ps(c.beta2), rest1 = _mm256_set1_ps(c.rest1),
-               rest2 = _mm256_set1_ps(c.rest2), eps = _mm256_set1_ps(c.eps), root = _mm256_set1_ps(c.root),
-               size = _mm256_set1_ps(c.minus_size), before = _mm256_set1_ps(c.before),
-               after = _mm256_set1_ps(c.after);
+               rest2 = _mm256_set1_ps(c.rest2), eps = _mm256_set1_ps(c.eps),
+               inverse_root = _mm256_set1_ps(c.inverse_root), size = _mm256_set1_ps(c.size),
+               before = _mm256_set1_ps(c.before), after = _mm256_set1_ps(c.after);
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     const __m256 gradient = _mm256_mul_ps(_mm256_loadu_ps(g + i), scale);
     const __m256 mean = _mm256_fmadd_ps(gradient, rest1, _mm256_mul_ps(_mm256_loadu_ps(m + i), beta1));
     const __m256 square = _mm256_fmadd_ps(_mm256_mul_ps(rest2, gradient), gradient,
                                           _mm256_mul_ps(_mm256_loadu_ps(v + i), beta2));
-    const __m256 denominator = _mm256_add_ps(_mm256_div_ps(_mm256_sqrt_ps(square), root), eps);
+    const __m256 denominator = _mm256_fmadd_ps(_mm256_sqrt_ps(square), inverse_root, eps);
     const __m256 change = _mm256_div_ps(_mm256_mul_ps(size, mean), denominator);
-    const __m256 updated = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(p + i), before), change);
+    const __m256 updated = _mm256_fmadd_ps(_mm256_loadu_ps(p + i), before, change);
     _mm256_storeu_ps(m + i, mean);
     _mm256_storeu_ps(v + i, square);
     _mm256_storeu_ps(p + i, _mm256_fmadd_ps(updated, after, updated));
   }
-  if (i == count) return;
-  alignas(32) float rest[4][8] = {};
-  const auto left = static_cast<size_t>(count - i);
-  std::copy_n(p + i, left, rest[0]);
-  std::copy_n(g + i, left, rest[1]);
-  std::copy_n(m + i, left, rest[2]);
-  std::copy_n(v + i, left, rest[3]);
-  adamw_avx2(rest[0], rest[1], rest[2], rest[3], 8, c);
-  std::copy_n(rest[0], left, p + i);
-  std::copy_n(rest[2], left, m + i);
-  std::copy_n(rest[3], left, v + i);
+  adamw_loop(p + i, g + i, m + i, v + i, count - i, c);
 }
 
-__attribute__((target("avx2,fma"))) inline double sum_of_squares_avx2(const float* x, int64_t count) {
-  __m256d sums[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int64_t half = 0; half < 2; ++half) {
-      const __m256d wide = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4 * half));
-      sums[half] = _mm256_fmadd_pd(wide, wide, sums[half]);
-    }
+// `maskz` forms also because GCC 12 warns falsely of what the plain ones leave undefined.
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void adamw_avx512(
+    float* p, const float* g, float* m, float* v, int64_t count, const AdamWConstants<float>& c) {
+  const __m512 scale = _mm512_set1_ps(c.gradient_scale), beta1 = _mm512_set1_ps(c.beta1),
+               beta2 = _mm512_set1_ps(c.beta2), rest1 = _mm512_set1_ps(c.rest1),
+               rest2 = _mm512_set1_ps(c.rest2), eps = _mm512_set1_ps(c.eps),
+               inverse_root = _mm512_set1_ps(c.inverse_root), size = _mm512_set1_ps(c.size),
+               before = _mm512_set1_ps(c.before), after = _mm512_set1_ps(c.after);
+  for (int64_t i = 0; i < count; i += 16) {
+    const auto mask = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+    const __m512 gradient = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, g + i), scale);
+    const __m512 mean =
+        _mm512_fmadd_ps(gradient, rest1, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, m + i), beta1));
+    const __m512 square = _mm512_fmadd_ps(_mm512_mul_ps(rest2, gradient), gradient,
+                                          _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, v + i), beta2));
+    const __m512 denominator = _mm512_fmadd_ps(_mm512_maskz_sqrt_ps(mask, square), inverse_root, eps);
+    const __m512 change = _mm512_maskz_div_ps(mask, _mm512_mul_ps(size, mean), denominator);
+    const __m512 updated = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, p + i), before, change);
+    _mm512_mask_storeu_ps(m + i, mask, mean);
+    _mm512_mask_storeu_ps(v + i, mask, square);
+    _mm512_mask_storeu_ps(p + i, mask, _mm512_fmadd_ps(updated, after, updated));
   }
-  alignas(32) double lanes[4];
-  _mm256_store_pd(lanes, _mm256_add_pd(sums[0], sums[1]));
-  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + sum_of_squares_loop(x + i, count - i);
 }
 #endif
 
 template <class T>
-void adamw_range(T* p, const T* g, T* m, T* v, int64_t count, const AdamWConstants<T>& c) {
-#if PEFT_ADAMW_AVX2
+void adamw_range([[maybe_unused]] CpuLevel level, T* p, const T* g, T* m, T* v, int64_t count,
+                 const AdamWConstants<T>& c) {
+#if PEFT_HAS_AVX
   if constexpr (std::is_same_v<T, float>) {
-    if (adamw_has_avx2()) return adamw_avx2(p, g, m, v, count, c);
+    if (level == CpuLevel::avx512) return adamw_avx512(p, g, m, v, count, c);
+    if (level == CpuLevel::avx2) return adamw_avx2(p, g, m, v, count, c);
   }
 #endif
   adamw_loop(p, g, m, v, count, c);
 }
 
-template <class T>
-double sum_of_squares_range(const T* x, int64_t count) {
-#if PEFT_ADAMW_AVX2
-  if constexpr (std::is_same_v<T, float>) {
-    if (adamw_has_avx2()) return sum_of_squares_avx2(x, count);
-  }
-#endif
-  return sum_of_squares_loop(x, count);
+/// Rate and step of an update that a device reads itself: scalars in float there, so that a CUDA graph can
+/// hold the update while they change.
+struct AdamWScalars {
+  Tensor lr, step;
+};
+
+/// The same update in tensor operations, for other types and devices; `settings.lr` is not used.
+inline void adamw_composed(const Tensor& values, const Tensor& gradient, const Tensor& exp_avg,
+                           const Tensor& exp_avg_sq, const AdamWSettings& settings,
+                           const AdamWScalars& scalars) {
+  const bool torch_form = settings.form == AdamWForm::torch;
+  // 1 − β2^t has no digits left in float.
+  const auto lr = scalars.lr.to(torch::kDouble), t = scalars.step.to(torch::kDouble);
+  const auto correction1 = 1 - torch::pow(settings.beta1, t);
+  const auto correction2 = torch::sqrt(1 - torch::pow(settings.beta2, t));
+  const auto decay = lr * settings.weight_decay;
+  if (torch_form && settings.weight_decay != 0) values.mul_(1 - decay);
+  exp_avg.mul_(settings.beta1).add_(gradient, 1 - settings.beta1);
+  exp_avg_sq.mul_(settings.beta2).addcmul_(gradient, gradient, 1 - settings.beta2);
+  auto denominator = exp_avg_sq.sqrt();
+  if (torch_form) denominator.div_(correction2);
+  denominator.add_(settings.eps);
+  const auto size = (torch_form ? lr : lr * correction2) / correction1;
+  values.sub_(torch::div(exp_avg, denominator).mul_(size));
+  if (!torch_form && settings.weight_decay != 0) values.sub_(values * decay);
 }
 
-/// Weights a thread takes at a time. Results do not depend on the number of threads.
-inline constexpr int64_t adamw_block = 16384;
-
-/// Calls `work(block, begin, count)` over [0, count), in parallel.
-template <class Work>
-void over_blocks(int64_t count, const Work& work) {
-  at::parallel_for(0, (count + adamw_block - 1) / adamw_block, 1, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * adamw_block;
-      work(block, begin, std::min(adamw_block, count - begin));
-    }
-  });
-}
-
-/// True where the loops above apply; elsewhere the composed form does.
-inline bool has_adamw_loop(const Tensor& values) {
-  return values.is_cpu() && (values.scalar_type() == torch::kFloat || values.scalar_type() == torch::kDouble);
-}
-
-/// Σ x² of a contiguous range: a scalar in double on the CPU for float and double, else on the
-/// device, in float or wider.
-inline Tensor sum_of_squares(const Tensor& x) {
-  if (!has_adamw_loop(x)) {
-    return torch::linalg_vector_norm(x, 2, c10::nullopt, false,
-                                     x.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat)
-        .square();
-  }
-  std::vector<double> partial(static_cast<size_t>((x.numel() + adamw_block - 1) / adamw_block));
-  const auto run = [&](const auto* data) {
-    over_blocks(x.numel(), [&](int64_t block, int64_t begin, int64_t count) {
-      partial[static_cast<size_t>(block)] = sum_of_squares_range(data + begin, count);
+/// One update of a contiguous range in place: weights, first and second moments.
+/// On the CPU in float and double: a loop with `settings.lr`, `step` from 1 and `scale`, what the gradients
+/// are multiplied with.
+inline void adamw(const Tensor& values, const Tensor& gradients, const Tensor& exp_avg,
+                  const Tensor& exp_avg_sq, const AdamWSettings& settings, int64_t step, double scale = 1) {
+  const auto run = [&]<class T>(T* p) {
+    const AdamWConstants<T> constants(settings, step, scale);
+    const T* g = gradients.data_ptr<T>();
+    T* m = exp_avg.data_ptr<T>();
+    T* v = exp_avg_sq.data_ptr<T>();
+    const auto level = cpu_level();
+    over_blocks(values.numel(), [&](int64_t, int64_t begin, int64_t count) {
+      adamw_range(level, p + begin, g + begin, m + begin, v + begin, count, constants);
     });
   };
-  x.scalar_type() == torch::kFloat ? run(x.data_ptr<float>()) : run(x.data_ptr<double>());
-  double sum = 0;
-  for (const double part : partial) sum += part;
-  return torch::scalar_tensor(sum, torch::kDouble);
+  values.scalar_type() == torch::kFloat ? run(values.data_ptr<float>()) : run(values.data_ptr<double>());
 }
-
-/// One update of a contiguous range in place: weights, first and second moments. `step` counts from 1.
-/// `scale`: what the gradients are multiplied with, a scalar tensor; undefined means 1.
+/// Elsewhere: torch's fused kernel on a GPU where it has one, else the composed form. Nobody waits for the
+/// device. `scale`: a scalar there; undefined means 1.
 inline void adamw(const Tensor& values, const Tensor& gradients, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const AdamWSettings& settings, int64_t step,
+                  const Tensor& exp_avg_sq, const AdamWSettings& settings, const AdamWScalars& scalars,
                   const Tensor& scale) {
-  if (has_adamw_loop(values)) {
-    const double factor = scale.defined() ? scale.item<double>() : 1.0;
-    const auto run = [&]<class T>(T* p) {
-      const AdamWConstants<T> constants(settings, step, factor);
-      const T* g = gradients.data_ptr<T>();
-      T* m = exp_avg.data_ptr<T>();
-      T* v = exp_avg_sq.data_ptr<T>();
-      over_blocks(values.numel(), [&](int64_t, int64_t begin, int64_t count) {
-        adamw_range(p + begin, g + begin, m + begin, v + begin, count, constants);
-      });
-    };
-    values.scalar_type() == torch::kFloat ? run(values.data_ptr<float>()) : run(values.data_ptr<double>());
-    return;
-  }
-  const AdamWConstants<double> c(settings, step, 1.0);
   const auto gradient = scale.defined() ? gradients.mul(scale) : gradients;
-  if (c.before != 1) values.mul_(c.before);
-  exp_avg.mul_(c.beta1).add_(gradient, c.rest1);
-  exp_avg_sq.mul_(c.beta2).addcmul_(gradient, gradient, c.rest2);
-  auto denominator = exp_avg_sq.sqrt();
-  if (c.root != 1) denominator.div_(c.root);
-  values.addcdiv_(exp_avg, denominator.add_(c.eps), c.minus_size);
-  if (c.after != 0) values.add_(values, c.after);
+  const bool fused = settings.form == AdamWForm::torch &&
+                     fused_adamw(values, gradient, exp_avg, exp_avg_sq, scalars.lr, scalars.step,
+                                 settings.beta1, settings.beta2, settings.eps, settings.weight_decay);
+  if (!fused) adamw_composed(values, gradient, exp_avg, exp_avg_sq, settings, scalars);
 }
 
 }  // namespace internal

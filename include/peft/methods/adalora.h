@@ -6,12 +6,13 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "peft/core/controller.h"
+#include "peft/kernels/orthogonality.h"
+#include "peft/methods/adalora_importance.h"
 #include "peft/methods/adalora_layer.h"
 
 namespace peft {
@@ -22,13 +23,8 @@ namespace peft {
 class RankAllocator : public Controller {
  public:
   RankAllocator(AdaLoraOptions settings, std::vector<std::shared_ptr<AdaLoraImpl>> pieces)
-      : options(std::move(settings)), pieces_(std::move(pieces)) {
-    for (const auto& piece : pieces_) {
-      initial_budget_ += piece->lora_A.size(0);
-      for (const auto& tensor : tensors(*piece)) {
-        importance_.push_back({torch::zeros_like(tensor), torch::zeros_like(tensor)});
-      }
-    }
+      : options(std::move(settings)), pieces_(std::move(pieces)), importance_(pieces_) {
+    for (const auto& piece : pieces_) initial_budget_ += piece->lora_A.size(0);
   }
 
   /// Steps taken.
@@ -55,51 +51,44 @@ class RankAllocator : public Controller {
   /// λ · mean over all A and B of ‖A Aᵀ − I‖_F, ‖Bᵀ B − I‖_F.
   Tensor penalty() const override {
     torch::NoGradGuard no_grad;
-    Tensor total;
-    for (const auto& piece : pieces_) {
-      const auto term =
-          internal::orthogonality(piece->lora_A, false) + internal::orthogonality(piece->lora_B, true);
-      total = total.defined() ? total + term : term;
-    }
-    return total * weight();
+    const auto of_B = internal::orthogonality(factors(internal::Factor::B), true);
+    return (internal::orthogonality(factors(internal::Factor::A), false) + of_B) * weight();
   }
   void add_penalty_gradients() override {
     if (options.orth_reg_weight() == 0) return;
-    for (const auto& piece : pieces_) {
-      for (const auto& factor : {piece->lora_A, piece->lora_B}) {
-        if (!factor.requires_grad() || factor.numel() == 0) continue;
-        auto gradient = internal::gradient_of(factor);
-        internal::add_orthogonality_gradient(factor, factor.is_same(piece->lora_B), weight(), gradient);
-      }
+    for (const auto factor : {internal::Factor::A, internal::Factor::B}) {
+      auto matrices = factors(factor);
+      std::erase_if(matrices, [](const Tensor& matrix) { return !matrix.requires_grad(); });
+      if (matrices.empty()) continue;
+      const auto terms = internal::orthogonality_gradients(matrices, factor == internal::Factor::B, weight());
+      std::vector<Tensor> gradients;
+      for (const auto& matrix : matrices) gradients.push_back(internal::gradient_of(matrix));
+      at::_foreach_add_(gradients, terms);
+      internal::mark_written(gradients);
     }
   }
 
   void after_update(const StepContext& context) override {
     const auto end = options.total_step() - options.tfinal();
-    if (step_ < end) update_importance(context);
+    if (step_ < end) importance_.update({options.beta1(), options.beta2()}, context);
     if (step_ > end) {
-      for (const auto& piece : pieces_) piece->mask();
+      mask();
     } else if (const auto [ranks, masks] = budget(step_); masks || step_ == end) {
       mask_to(ranks);
-      if (step_ == end) {
-        for (auto& [sensitivity, uncertainty] : importance_) {
-          sensitivity.zero_();
-          uncertainty.zero_();
-        }
-      }
+      if (step_ == end) importance_.clear();
     }
     ++step_;
   }
 
   NamedTensors state() const override {
     NamedTensors result{{"step", torch::scalar_tensor(step_, torch::kLong)}};
-    size_t i = 0;
-    for (const auto& piece : pieces_) {
-      result.emplace_back(piece->site().path + ".kept", kept_tensor(*piece));
-      for (const char* tensor : {"lora_A", "lora_E", "lora_B"}) {
-        const auto name = piece->site().path + "." + tensor;
-        result.emplace_back(name + ".sensitivity", importance_[i].sensitivity);
-        result.emplace_back(name + ".uncertainty", importance_[i++].uncertainty);
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      const auto& path = pieces_[i]->site().path;
+      result.emplace_back(path + ".kept", kept_tensor(*pieces_[i]));
+      for (const auto factor : internal::all_factors) {
+        const auto [sensitivity, uncertainty] = importance_.of(i, factor);
+        result.emplace_back(path + name_of(factor) + ".sensitivity", sensitivity);
+        result.emplace_back(path + name_of(factor) + ".uncertainty", uncertainty);
       }
     }
     return result;
@@ -119,59 +108,59 @@ class RankAllocator : public Controller {
   const AdaLoraOptions options;
 
  private:
-  struct Importance {
-    Tensor sensitivity, uncertainty;  ///< both smoothed
-    Tensor score() const { return sensitivity * uncertainty; }
-  };
-
-  static std::vector<Tensor> tensors(const AdaLoraImpl& piece) {
-    return {piece.lora_A, piece.lora_E, piece.lora_B};
+  static const char* name_of(internal::Factor factor) {
+    return factor == internal::Factor::A ? ".lora_A" : factor == internal::Factor::E ? ".lora_E" : ".lora_B";
   }
   double weight() const { return options.orth_reg_weight() / (2.0 * static_cast<double>(pieces_.size())); }
 
-  void update_importance(const StepContext& context) {
-    size_t i = 0;
+  /// A or B of the layers that have a rank left.
+  std::vector<Tensor> factors(internal::Factor factor) const {
+    std::vector<Tensor> found;
     for (const auto& piece : pieces_) {
-      for (const auto& tensor : tensors(*piece)) {
-        auto& [sensitivity, uncertainty] = importance_[i++];
-        if (!context.has_gradient(tensor)) continue;
-        auto gradient = tensor.grad();
-        if (context.clip.defined()) gradient = gradient * context.clip.to(gradient.options());
-        const auto now = (tensor.detach() * gradient).abs();
-        if (sensitivity.device() != now.device() || sensitivity.scalar_type() != now.scalar_type()) {
-          sensitivity = sensitivity.to(now.options());
-          uncertainty = uncertainty.to(now.options());
-        }
-        sensitivity.mul_(options.beta1()).add_(now, 1 - options.beta1());
-        uncertainty.mul_(options.beta2()).add_((now - sensitivity).abs(), 1 - options.beta2());
-      }
+      const auto& tensor = internal::factor_of(*piece, factor);
+      if (tensor.numel() > 0) found.push_back(tensor);
     }
+    return found;
   }
 
-  /// A score for every rank: that of its E, and the means of those of its row of A and its column of B.
-  std::vector<Tensor> scores() const {
-    std::vector<Tensor> result;
-    for (size_t i = 0; i < importance_.size(); i += 3) {
-      const auto vectors =
-          torch::stack({importance_[i].score().mean(1), importance_[i + 2].score().mean(0)}, 1);
-      result.push_back(importance_[i + 1].score().view(-1) + vectors.sum(1));
-    }
-    return result;
-  }
-
+  /// Keeps so many ranks of all, those with the highest scores. Waits for the device once.
   void mask_to(int64_t ranks) {
+    std::vector<Tensor> scores;
+    for (const auto& stack : importance_.stacks()) scores.push_back(stack.scores().view(-1));
+    for (auto& part : scores) part = part.to(scores.front().options());
+    const auto all = torch::cat(scores);
     const auto away = initial_budget_ - ranks;
-    const auto all = scores();
-    std::optional<Tensor> threshold;
     // The reference fails where nothing is to be masked.
-    if (away > 0) threshold = std::get<0>(torch::cat(all).kthvalue(away));
-    for (size_t i = 0; i < pieces_.size(); ++i) {
-      std::vector<bool> stays(pieces_[i]->rows.size(), true);
-      if (threshold) {
-        const auto above = (all[i] > *threshold).cpu().contiguous();
-        stays.assign(above.data_ptr<bool>(), above.data_ptr<bool>() + above.numel());
+    const auto above =
+        (away > 0 ? all > std::get<0>(all.kthvalue(away)) : torch::ones_like(all, torch::kBool))
+            .cpu()
+            .contiguous();
+    const bool* stays = above.data_ptr<bool>();
+    for (const auto& stack : importance_.stacks()) {
+      for (const auto i : stack.members) {
+        pieces_[i]->kept.assign(static_cast<size_t>(options.init_rank()), false);
+        for (const auto row : pieces_[i]->rows) pieces_[i]->kept[row] = *stays++;
       }
-      pieces_[i]->keep(stays);
+    }
+    mask();
+  }
+
+  /// Puts 0 into the E of every rank that was not kept. Waits for no device.
+  void mask() const {
+    torch::NoGradGuard no_grad;
+    for (const auto& stack : importance_.stacks()) {
+      std::vector<Tensor> values;
+      std::vector<float> stays;
+      for (const auto i : stack.members) {
+        const auto& piece = *pieces_[i];
+        values.push_back(piece.lora_E);
+        for (const auto row : piece.rows) stays.push_back(piece.kept.empty() || piece.kept[row] ? 1 : 0);
+      }
+      if (stays.empty()) continue;
+      const auto count = static_cast<int64_t>(values.size());
+      const auto masks = torch::tensor(stays, torch::kFloat).view({count, -1, 1});
+      at::_foreach_mul_(values, masks.to(values.front().options().requires_grad(false)).unbind());
+      internal::mark_written(values);
     }
   }
 
@@ -183,7 +172,7 @@ class RankAllocator : public Controller {
   }
 
   std::vector<std::shared_ptr<AdaLoraImpl>> pieces_;
-  std::vector<Importance> importance_;  ///< of A, E, B of each piece in turn
+  internal::AdaLoraImportance importance_;
   int64_t initial_budget_ = 0, step_ = 0;
 };
 
@@ -193,17 +182,16 @@ inline void RankAllocator::load_state(const std::map<std::string, Tensor>& given
   internal::check_tensors(state(), given, problems);
   problems.raise("AdaLora: the state does not fit this adapter");
   step_ = given.at("step").item<int64_t>();
-  size_t i = 0;
-  for (const auto& piece : pieces_) {
-    const auto& path = piece->site().path;
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const auto& path = pieces_[i]->site().path;
     const auto flat = given.at(path + ".kept").contiguous();
     const auto* values = flat.data_ptr<uint8_t>();
-    piece->kept.clear();
-    if (flat.numel() > 0 && values[0] != 2) piece->kept.assign(values, values + flat.numel());
-    for (const char* tensor : {"lora_A", "lora_E", "lora_B"}) {
-      const auto name = path + "." + tensor;
-      importance_[i].sensitivity.copy_(given.at(name + ".sensitivity"));
-      importance_[i++].uncertainty.copy_(given.at(name + ".uncertainty"));
+    pieces_[i]->kept.clear();
+    if (flat.numel() > 0 && values[0] != 2) pieces_[i]->kept.assign(values, values + flat.numel());
+    for (const auto factor : internal::all_factors) {
+      const auto [sensitivity, uncertainty] = importance_.of(i, factor);
+      sensitivity.copy_(given.at(path + name_of(factor) + ".sensitivity"));
+      uncertainty.copy_(given.at(path + name_of(factor) + ".uncertainty"));
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -65,6 +66,7 @@ class AdaLoraImpl : public Piece<AdaLoraImpl, AdaLoraOptions> {
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     guard_.check(*this, {lora_A, lora_E, lora_B});
+    if (const auto fused = fused_forward(x, layer)) return *fused;
     const auto y = layer.forward(x);
     auto input = x.scalar_type() == lora_A.scalar_type() ? x : x.to(lora_A.scalar_type());
     if (is_training() && options.dropout() > 0) input = torch::dropout(input, options.dropout(), true);
@@ -74,6 +76,11 @@ class AdaLoraImpl : public Piece<AdaLoraImpl, AdaLoraOptions> {
     if (lora_A.size(0) == 0) return y;
     const auto update = layer.low_rank(input, (lora_A * lora_E).view(shape_A), lora_B.view(shape_B));
     return y + (update * strength() / divisor()).to(y.scalar_type());
+  }
+
+  std::optional<LowRankTerm> low_rank() const override {
+    guard_.check(*this, {lora_A, lora_E, lora_B});
+    return LowRankTerm{lora_A, lora_B, lora_E, scaling(), is_training() ? options.dropout() : 0.0, {}};
   }
 
   Weights effective(const Weights& weights, const LayerView& layer) const override {
@@ -92,22 +99,6 @@ class AdaLoraImpl : public Piece<AdaLoraImpl, AdaLoraOptions> {
     lora_E.zero_();
     lora_A.normal_(0.0, 0.02);
     lora_B.normal_(0.0, 0.02);
-  }
-
-  /// Masks the E of the ranks that do not stay, and remembers which do.
-  void keep(const std::vector<bool>& stays) {
-    kept.assign(static_cast<size_t>(options.init_rank()), false);
-    for (size_t k = 0; k < stays.size(); ++k) kept[rows[k]] = stays[k];
-    mask();
-  }
-  /// Puts 0 into the E of every rank that was not kept.
-  void mask() {
-    torch::NoGradGuard no_grad;
-    if (kept.empty()) return;
-    std::vector<uint8_t> away;
-    for (const auto row : rows) away.push_back(kept[row] ? 0 : 1);
-    lora_E.masked_fill_(torch::tensor(away, torch::kByte).to(torch::kBool).view({-1, 1}).to(lora_E.device()),
-                        0);
   }
 
   bool needs_controller() const override { return true; }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "peft/core/controller.h"
+#include "peft/kernels/orthogonality.h"
 #include "peft/methods/increlora_layer.h"
 
 namespace peft {
@@ -27,7 +28,7 @@ class RankGrower : public Controller {
  public:
   /// Throws c10::ValueError if the target lies below the ranks at the start.
   RankGrower(IncreLoraOptions settings, std::vector<std::shared_ptr<IncreLoraImpl>> pieces)
-      : options(std::move(settings)), pieces_(std::move(pieces)) {
+      : options(std::move(settings)), pieces_(std::move(pieces)), grown_(pieces_.size(), 0) {
     const auto count = static_cast<int64_t>(pieces_.size());
     delta_ = options.incre_rank_num().value_or(internal::default_growth(options.target_rank()));
     target_ = options.target_total_rank().value_or(options.target_rank() * count);
@@ -62,34 +63,39 @@ class RankGrower : public Controller {
   /// undefined for λ = 0.
   Tensor penalty() const override {
     torch::NoGradGuard no_grad;
-    Tensor total;
-    if (options.reg_orth_coef() == 0) return total;
-    for_each_matrix([&](const std::vector<Tensor>& chunks, bool is_B, double weight) {
-      const auto term = internal::orthogonality(torch::cat(chunks, is_B ? 1 : 0), is_B) * weight;
-      total = total.defined() ? total + term.to(total.device()) : term;
-    });
-    return total;
+    if (options.reg_orth_coef() == 0) return {};
+    const auto of_B = internal::orthogonality(matrices(true), true);
+    return (internal::orthogonality(matrices(false), false) + of_B) * weight();
   }
   void add_penalty_gradients() override {
     if (options.reg_orth_coef() == 0) return;
-    for_each_matrix([&](const std::vector<Tensor>& chunks, bool is_B, double weight) {
-      const int64_t dimension = is_B ? 1 : 0;
-      const auto matrix = torch::cat(chunks, dimension);
-      auto gradient = torch::zeros_like(matrix);
-      internal::add_orthogonality_gradient(matrix, is_B, weight, gradient);
-      int64_t first = 0;
-      for (const auto& chunk : chunks) {
-        const auto width = chunk.size(dimension);
-        const auto part = gradient.narrow(dimension, first, width);
-        if (chunk.requires_grad()) internal::gradient_of(chunk).add_(part);
-        first += width;
+    for (const bool of_B : {false, true}) {
+      const auto terms = internal::orthogonality_gradients(matrices(of_B), of_B, weight());
+      auto term = terms.begin();
+      std::vector<Tensor> gradients, parts;
+      for (const auto& piece : pieces_) {
+        const int64_t dimension = of_B ? 1 : 0;
+        int64_t first = 0;
+        for (const auto& chunk : of_B ? piece->lora_B : piece->lora_A) {
+          const auto width = chunk.size(dimension);
+          if (chunk.requires_grad()) {
+            gradients.push_back(internal::gradient_of(chunk));
+            parts.push_back(options.couple_chunks() ? term->narrow(dimension, first, width) : *term);
+          }
+          first += width;
+          if (!options.couple_chunks()) ++term;
+        }
+        if (options.couple_chunks()) ++term;
       }
-    });
+      if (gradients.empty()) continue;
+      at::_foreach_add_(gradients, parts);
+      internal::mark_written(gradients);
+    }
   }
 
   NamedTensors grow(const StepContext&) override {
     for (size_t i = 0; i < pieces_.size(); ++i) {
-      TORCH_CHECK(pieces_[i]->chunks() == chunks(i, growths_.size()), "'", pieces_[i]->site().path,
+      TORCH_CHECK(pieces_[i]->chunks() == chunks_after(grown_[i]), "'", pieces_[i]->site().path,
                   "': IncreLoRA's chunks were changed outside its training (hint: go on from a checkpoint)");
     }
     const auto t = step_++;
@@ -104,7 +110,7 @@ class RankGrower : public Controller {
           pieces_[i]->activate(delta_);
           pieces_[i]->reserve(delta_);
         }
-        growths_.push_back(chosen);
+        add_growth(chosen);
         follow_ranks();
         finish(t);
         return groups().back();
@@ -132,7 +138,7 @@ class RankGrower : public Controller {
     for (size_t growth = 0; growth < growths_.size(); ++growth) {
       result.emplace_back();
       for (const auto i : growths_[growth]) {
-        const auto end = chunks(i, growth);  // before it grew
+        const auto end = chunks_after(growths_of(i, growth));  // before it grew
         const auto learnt = options.advance_learn() ? end : end - delta_;
         add(i, 'E', pieces_[i]->lora_E, end - delta_);
         add(i, 'A', pieces_[i]->lora_A, learnt);
@@ -169,16 +175,17 @@ class RankGrower : public Controller {
 
     step_ = step;
     const auto growths = found->second.to(torch::kCPU);
-    growths_.assign(static_cast<size_t>(rows), {});
+    growths_.clear();
+    grown_.assign(pieces_.size(), 0);
     for (int64_t i = 0; i < rows; ++i) {
+      std::vector<size_t> chosen;
       for (int64_t piece = 0; piece < count; ++piece) {
-        if (growths[i][piece].item<uint8_t>() == 0) continue;
-        growths_[static_cast<size_t>(i)].push_back(static_cast<size_t>(piece));
+        if (growths[i][piece].item<uint8_t>() != 0) chosen.push_back(static_cast<size_t>(piece));
       }
+      add_growth(chosen);
     }
     for (size_t i = 0; i < pieces_.size(); ++i) {
-      pieces_[i]->resize(chunks(i, growths_.size()),
-                         options.rank() + delta_ * growths_of(i, growths_.size()));
+      pieces_[i]->resize(chunks_after(grown_[i]), options.rank() + delta_ * grown_[i]);
       pieces_[i]->score = given.at("score")[static_cast<int64_t>(i)].to(kind()).clone();
     }
     sensitivity_ = given.at("sensitivity").to(kind()).clone();
@@ -189,6 +196,7 @@ class RankGrower : public Controller {
     auto result = std::make_shared<RankGrower>(options, own(pieces));
     result->step_ = step_;
     result->growths_ = growths_;
+    result->grown_ = grown_;
     result->note = note;
     result->sensitivity_ = sensitivity_.clone();
     result->uncertainty_ = uncertainty_.clone();
@@ -211,39 +219,46 @@ class RankGrower : public Controller {
   std::function<void(const std::string&)> note = [](const std::string& line) { std::cerr << line + "\n"; };
 
  private:
-  /// Calls `use(chunks, is B, weight)` for every matrix that is to be orthogonal.
-  void for_each_matrix(const std::function<void(const std::vector<Tensor>&, bool, double)>& use) const {
-    size_t count = 0;
-    for (const auto& piece : pieces_) count += options.couple_chunks() ? 2 : 2 * piece->lora_A.size();
-    const double weight = options.reg_orth_coef() / static_cast<double>(count);
+  /// The matrices that are to be orthogonal: a layer's chunks of A or B together, or each by itself.
+  std::vector<Tensor> matrices(bool of_B) const {
+    std::vector<Tensor> found;
     for (const auto& piece : pieces_) {
-      for (const auto* list : {&piece->lora_A, &piece->lora_B}) {
-        const bool is_B = list == &piece->lora_B;
-        if (options.couple_chunks()) {
-          use(*list, is_B, weight);
-        } else {
-          for (const auto& chunk : *list) use({chunk}, is_B, weight);
-        }
+      const auto& chunks = of_B ? piece->lora_B : piece->lora_A;
+      if (options.couple_chunks()) {
+        found.push_back(torch::cat(chunks, of_B ? 1 : 0));
+      } else {
+        found.insert(found.end(), chunks.begin(), chunks.end());
       }
     }
+    return found;
+  }
+  /// λ over the number of matrices.
+  double weight() const {
+    size_t count = 0;
+    for (const auto& piece : pieces_) count += options.couple_chunks() ? 2 : 2 * piece->lora_A.size();
+    return options.reg_orth_coef() / static_cast<double>(count);
   }
 
-  /// How often a piece had grown after so many growths, and the chunks it has then.
-  int64_t growths_of(size_t piece, size_t growths) const {
+  void add_growth(const std::vector<size_t>& chosen) {
+    growths_.push_back(chosen);
+    for (const auto piece : chosen) ++grown_[piece];
+  }
+  /// How often a piece had grown before a growth.
+  int64_t growths_of(size_t piece, size_t growth) const {
     return std::count_if(
-        growths_.begin(), growths_.begin() + static_cast<std::ptrdiff_t>(growths),
+        growths_.begin(), growths_.begin() + static_cast<std::ptrdiff_t>(growth),
         [&](const auto& grown) { return std::find(grown.begin(), grown.end(), piece) != grown.end(); });
   }
-  int64_t chunks(size_t piece, size_t growths) const {
-    return step_ == 0 ? 1 : 1 + delta_ * (growths_of(piece, growths) + 1);
-  }
+  /// The chunks of a piece that has grown so often.
+  int64_t chunks_after(int64_t growths) const { return step_ == 0 ? 1 : 1 + delta_ * (growths + 1); }
 
   /// Type and device of the importances: the first piece's, which may be moved at any time.
   torch::TensorOptions kind() const { return pieces_.at(0)->lora_A[0].options().requires_grad(false); }
   Tensor scores() const {
+    const auto like = kind();
     std::vector<Tensor> values;
     for (const auto& piece : pieces_) {
-      values.push_back(piece->score.defined() ? piece->score.to(kind()) : torch::zeros({}, kind()));
+      values.push_back(piece->score.defined() ? piece->score.to(like) : torch::zeros({}, like));
     }
     return torch::stack(values);
   }
@@ -285,6 +300,7 @@ class RankGrower : public Controller {
   std::vector<std::shared_ptr<IncreLoraImpl>> pieces_;
   int64_t delta_ = 0, target_ = 0, total_ = 0, step_ = 0;
   std::vector<std::vector<size_t>> growths_;  ///< the pieces that grew, for every growth
+  std::vector<int64_t> grown_;                ///< how often each piece has grown
   Tensor sensitivity_, uncertainty_;          ///< Ī and U, a value for each piece
 };
 

@@ -115,11 +115,22 @@ class IncreLoraImpl : public Piece<IncreLoraImpl, IncreLoraOptions> {
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     guard_.check(*this, {lora_A[0], lora_E[0], lora_B[0]});
+    if (const auto fused = fused_forward(x, layer)) return *fused;
     const auto y = layer.forward(x);
     auto input = x.scalar_type() == lora_A[0].scalar_type() ? x : x.to(lora_A[0].scalar_type());
     if (is_training() && options.dropout() > 0) input = torch::dropout(input, options.dropout(), true);
     const auto A = all_A(), B = all_B();
     return y + probed(layer.low_rank(input, A, B) * scaling(), input, A, B);
+  }
+
+  std::optional<LowRankTerm> low_rank() const override {
+    guard_.check(*this, {lora_A[0], lora_E[0], lora_B[0]});
+    const bool one = chunks() == 1;
+    LowRankTerm term{one ? lora_A[0] : torch::cat(lora_A),    one ? lora_B[0] : torch::cat(lora_B, 1),
+                     one ? lora_E[0] : torch::cat(lora_E),    scaling(),
+                     is_training() ? options.dropout() : 0.0, {}};
+    if (scored && torch::GradMode::is_enabled()) term.score = score_for(lora_A[0]);
+    return term;
   }
 
   Weights effective(const Weights& weights, const LayerView& layer) const override {
@@ -198,10 +209,16 @@ class IncreLoraImpl : public Piece<IncreLoraImpl, IncreLoraOptions> {
  private:
   Tensor probed(const Tensor& value, const Tensor& input, const Tensor& A, const Tensor& B) const {
     if (!scored || !value.requires_grad()) return value;
-    if (!score.defined() || score.device() != A.device()) score = torch::zeros({}, A.options());
     const torch::autograd::variable_list factors{input.defined() ? input.detach() : input, A.detach(),
                                                  B.detach()};
-    return internal::ScoreProbe::apply(value, factors, scaling(), score);
+    return internal::ScoreProbe::apply(value, factors, scaling(), score_for(A));
+  }
+  /// Where a backward leaves the score.
+  const Tensor& score_for(const Tensor& like) const {
+    if (!score.defined() || score.device() != like.device()) {
+      score = torch::zeros({}, like.options().requires_grad(false));
+    }
+    return score;
   }
 
   StepGuard guard_;

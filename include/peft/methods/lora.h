@@ -7,12 +7,14 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "peft/core/piece.h"
 #include "peft/core/problems.h"
+#include "peft/kernels/shadow.h"
 #include "peft/methods/lora_options.h"
 
 namespace peft {
@@ -34,6 +36,7 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   LoraImpl(LoraOptions settings, const SiteInfo& site);
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
+    if (const auto fused = fused_forward(x, layer)) return *fused;
     const auto y = start_forward(x, layer);
     const auto input = cast(x);
     if (gate_weight.defined()) return y + gated(input, layer);
@@ -43,11 +46,22 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
                                    : update(dropped, layer));
   }
 
+  std::optional<LowRankTerm> low_rank() const override {
+    if (gate_weight.defined() || lora_B_bias.defined() || loftq_weight.defined()) return {};
+    if (lora_A_0.defined() && drops()) return {};  // A₀ is not dropped
+    auto A = full_A(), B = full_B();
+    if (const auto base = site().dtype; base == torch::kFloat16 || base == torch::kBFloat16) {
+      A = shadow_A_.of(A, base);
+      B = shadow_B_.of(B, base);
+    }
+    return LowRankTerm{A, B, {}, scaling(), drops() ? options.dropout() : 0.0, {}};
+  }
+
   Weights effective(const Weights& weights, const LayerView& layer) const override {
     const auto why = not_mergeable();
     TORCH_CHECK(why.empty(), "'", site().path, "': ", why);
     const auto start = start_weights(weights, layer);
-    auto weight = start.weight + delta(layer).to(start.weight.scalar_type());
+    const auto weight = with_delta(start.weight, layer);
     if (!lora_B_bias.defined()) return {weight, weights.bias};
     return {weight, weights.bias + (lora_B_bias * scaling()).to(weights.bias.scalar_type())};
   }
@@ -137,6 +151,16 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     const auto type = widen ? torch::kFloat32 : lora_A.scalar_type();
     return layer.fold(product(full_A().flatten(1).to(type), full_B().flatten(1).to(type)) * scaling());
   }
+  /// W + ΔW, in one pass over W where ΔW is a plain product in W's layout and type.
+  Tensor with_delta(const Tensor& W, const LayerView& layer) const {
+    const bool is_product = site().fan_in.size() == 1 && !site().lookup && !site().weights_only;
+    if (!is_product || W.scalar_type() != lora_A.scalar_type() || lora_A.element_size() < 4) {
+      return W + delta(layer).to(W.scalar_type());
+    }
+    const auto A = full_A(), B = full_B();
+    return site().fan_in_fan_out ? at::addmm(W, A.t(), B.t(), 1, scaling())
+                                 : at::addmm(W, B, A, 1, scaling());
+  }
   /// One value an output, shaped to meet the layer's output.
   Tensor per_channel(const Tensor& values) const {
     std::vector<int64_t> shape{values.numel()};
@@ -168,6 +192,7 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
   void draw_factors(const LayerView& base);
 
   double factor_ = 1.0;
+  internal::Shadow shadow_A_, shadow_B_;  ///< in the type of a layer in half precision
 };
 
 inline std::shared_ptr<PieceImpl> make_piece(const LoraOptions& options, const SiteInfo& site) {

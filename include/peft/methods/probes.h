@@ -78,6 +78,8 @@ inline void remove_piece(const Adapter& adapter, const Adapter::Entry& gone) {
   for (auto& other : attached) {
     if (other.piece != gone.piece) gone.site->attach(std::move(other));
   }
+  const auto& activation = gone.site->activation();
+  activation->set(*activation->get());  // whose trees hold the piece
   auto entries = adapter.entries();
   std::erase_if(entries, [&](const Adapter::Entry& entry) { return entry.piece == gone.piece; });
   adapter.set_entries(std::move(entries));

@@ -54,6 +54,15 @@ class TrainableTokensImpl : public Piece<TrainableTokensImpl, TrainableTokensOpt
     rows.copy_(options.init() ? E.index_select(0, indices_.to(E.device()))
                               : torch::randn(rows.sizes(), rows.options().requires_grad(false)));
   }
+  void place() override {
+    Piece::place();
+    for (auto* ids : {&indices_, &sorted_, &rows_}) *ids = ids->to(site().device);
+  }
+  void copy_state(const TrainableTokensImpl& other) {
+    indices_ = other.indices_;
+    sorted_ = other.sorted_;
+    rows_ = other.rows_;
+  }
   bool substitutes() const override { return true; }
   bool follows_ties() const override { return true; }
   std::string conflict(const PieceImpl& other) const override;
@@ -122,10 +131,11 @@ inline Tensor TrainableTokensImpl::forward(const Tensor& x, const LayerView& lay
   const auto tokens = x.flatten().to(torch::kLong);
   const auto sorted = sorted_.to(x.device());
   const auto place = at::searchsorted(sorted, tokens).clamp_max_(sorted.size(0) - 1);
-  const auto hits = (sorted.index_select(0, place) == tokens).nonzero().squeeze(1);
-  const auto rows = rows_.to(x.device()).index_select(0, place.index_select(0, hits));
-  const auto own_rows = trainable_tokens_delta.index_select(0, rows).to(y.scalar_type());
-  return y.reshape({-1, y.size(-1)}).index_copy(0, hits, own_rows).view(y.sizes());
+  const auto is_own = sorted.index_select(0, place) == tokens;
+  const auto row = rows_.to(x.device()).index_select(0, place);
+  // A row for every token, its own or any: how many have their own only the device knows.
+  const auto own = trainable_tokens_delta.index_select(0, row).to(y.scalar_type());
+  return at::where(is_own.unsqueeze(1), own, y.reshape({-1, y.size(-1)})).view(y.sizes());
 }
 
 inline std::string TrainableTokensImpl::conflict(const PieceImpl& other) const {

@@ -180,15 +180,35 @@ inline void set_composition(nn::Module& model, const Composition& composition) {
   }
   problems.raise("set_active");
   set.activate(composition);
-  activation->set(std::move(set));
+  const bool is_list = composition.block == Composition::Block::stack &&
+                       std::all_of(composition.children.begin(), composition.children.end(),
+                                   [](const Composition& child) { return child.is_adapter(); });
+  is_list ? activation->set_checked(model.weak_from_this(), std::move(set)) : activation->set(std::move(set));
+}
+
+/// The activation of a model's first site, or nullptr.
+inline std::shared_ptr<Activation> first_activation(const nn::Module& model) {
+  if (const auto* site = dynamic_cast<const SiteImpl*>(&model)) return site->activation();
+  for (const auto& child : model.children()) {
+    if (auto activation = first_activation(*child)) return activation;
+  }
+  return nullptr;
 }
 
 }  // namespace internal
 
 /// Makes exactly these adapters active, composed in this order. Never touches `requires_grad`. Another
-/// thread's forward sees the old set or the new one, not a mixture. Throws: c10::ValueError for a name that
-/// is unknown or twice there, a weight method after a method on activations, a merged model.
+/// thread's forward sees the old set or the new one, not a mixture.
+///
+/// The whole model is checked for a list of names once; to switch to it again is to store a pointer, however
+/// many layers and adapters there are, until adapters of the model are added, removed, renamed, merged or
+/// disabled, or layers adapted elsewhere join it in another verb.
+///
+/// Throws: c10::ValueError for a name that is unknown or twice there, a weight method after a method on
+/// activations, a merged model.
 inline void set_active(nn::Module& model, const std::vector<std::string>& names) {
+  const auto activation = internal::first_activation(model);
+  if (activation && activation->reuse(model, names)) return;
   internal::set_composition(model, internal::stack_of(names));
 }
 
@@ -271,7 +291,7 @@ inline void rename(nn::Module& model, const std::string& from, const std::string
     node.site->pieces(from).front().record->name = to;
     node.site->rename(from, to);
   }
-  std::replace(set.known.begin(), set.known.end(), from, to);
+  set.known.rename(from, to);
   set.composition.rename(from, to);
   set.activate(set.composition);
   activation->set(std::move(set));
@@ -288,7 +308,7 @@ inline void remove_adapter(nn::Module& model, const std::string& name) {
     TORCH_CHECK(!node.site || !node.site->is_merged(), "remove_adapter: '", node.path,
                 "' is merged (hint: unmerge first)");
   }
-  std::erase(set.known, name);
+  set.known.erase(name);
   auto composition = set.composition;
   std::erase_if(composition.children,
                 [&](const Composition& child) { return child.is_adapter() && child.name == name; });

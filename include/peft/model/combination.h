@@ -214,7 +214,7 @@ class Combination {
     std::map<std::string, int64_t> ranks;
     for (const auto& terms : terms_) {
       if (std::dynamic_pointer_cast<LoraImpl>(terms.list.front().piece)) {
-        ranks[terms.site->path()] = combined_rank(all_factors(terms), recipe_);
+        ranks[terms.site->path()] = combined_rank(factors_of_terms(terms), recipe_);
       }
     }
     if (type == CombineType::exact) {

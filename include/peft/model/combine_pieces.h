@@ -171,7 +171,7 @@ inline int64_t combined_rank(const std::vector<Factors>& terms, const Recipe& re
   return std::min({recipe.rank, A.numel() / A.size(0), terms.front().B.size(0)});
 }
 
-inline std::vector<Factors> all_factors(const Terms& terms) {
+inline std::vector<Factors> factors_of_terms(const Terms& terms) {
   std::vector<Factors> found;
   for (const auto& term : terms.list) found.push_back(factors_of(*term.piece));
   return found;
@@ -181,7 +181,7 @@ inline std::vector<Factors> all_factors(const Terms& terms) {
 inline Factors combined_factors(const Terms& terms, const Recipe& recipe) {
   const auto& options = recipe.options;
   const auto type = options.type();
-  const auto all = all_factors(terms);
+  const auto all = factors_of_terms(terms);
   const auto weights = recipe.weights_of(terms);
   const auto rank = combined_rank(all, recipe);
   Factors result;
@@ -220,7 +220,7 @@ inline Factors combined_factors(const Terms& terms, const Recipe& recipe) {
 // One pair of functions a piece type: why its terms do not add up, or an empty string; and their sum.
 
 inline std::string mismatch(const LoraImpl&, const Terms& terms, const Recipe& recipe) {
-  const auto all = all_factors(terms);
+  const auto all = factors_of_terms(terms);
   const auto type = recipe.options.type();
   const auto& first = all.front();
   if (terms.site->info().bare) return "a bare parameter's LoRA has no arithmetic, as in the reference";

@@ -5,10 +5,10 @@
 #include <utility>
 #include <vector>
 
+#include "peft/kernels/is_finite.h"
 #include "peft/model/active.h"
 
 namespace peft {
-
 /// Writes the effective weights of the active adapters into the base, computed out of place. The originals
 /// are kept for `unmerge` unless `keep` is false. Until then the model runs at the plain model's cost, and
 /// adapters cannot be added, removed or switched. Throws, before anything is changed: c10::ValueError listing
@@ -47,8 +47,7 @@ inline void merge(nn::Module& model, bool keep = true) {
     }
     if (change.adapters.empty() || !fits) continue;
     change.weights = node.site->merged_weights(set->composition);
-    const auto finite = [](const Tensor& t) { return !t.defined() || t.isfinite().all().item<bool>(); };
-    if (!finite(change.weights.weight) || !finite(change.weights.bias)) {
+    if (!internal::is_finite(change.weights.weight) || !internal::is_finite(change.weights.bias)) {
       problems.add("'" + node.path + "': the merged weights hold NaN or infinity");
     }
     changes.push_back(std::move(change));

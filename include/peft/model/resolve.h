@@ -123,8 +123,9 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
 
   const auto complaints = problems.size();
   std::vector<std::string> unmatched = origin.names;
+  const std::regex expression(origin.pattern);
   const auto matches = [&](const std::string& path) {
-    if (!origin.pattern.empty()) return std::regex_match(path, std::regex(origin.pattern));
+    if (!origin.pattern.empty()) return std::regex_match(path, expression);
     bool found = false;
     for (const auto& name : origin.names) {
       if (!ends_in_name(path, name)) continue;

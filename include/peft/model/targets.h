@@ -112,15 +112,13 @@ struct Node {
 inline void walk_into(const std::shared_ptr<nn::Module>& parent, nn::Module& module, const std::string& path,
                       std::vector<Node>& nodes, std::set<const nn::Module*>& seen) {
   const auto* site = dynamic_cast<const SiteImpl*>(&module);
-  const auto adapters = site ? site->adapters() : std::vector<std::string>{};
-  for (const auto& child : module.named_children()) {
-    if (std::find(adapters.begin(), adapters.end(), child.key()) != adapters.end()) continue;
-    if (!seen.insert(child.value().get()).second) continue;
-    auto inner = std::dynamic_pointer_cast<SiteImpl>(child.value());
-    const auto segment = inner ? inner->segment(child.key()) : child.key();
+  for (const auto& [key, child] : site ? site->base_children() : module.named_children().pairs()) {
+    if (!seen.insert(child.get()).second) continue;
+    auto inner = std::dynamic_pointer_cast<SiteImpl>(child);
+    const auto segment = inner ? inner->segment(key) : key;
     const auto child_path = path.empty() ? segment : path + "." + segment;
-    nodes.push_back({child_path, child.value(), std::move(inner), parent, child.key()});
-    walk_into(child.value(), *child.value(), child_path, nodes, seen);
+    nodes.push_back({child_path, child, std::move(inner), parent, key});
+    walk_into(child, *child, child_path, nodes, seen);
   }
 }
 
@@ -129,7 +127,7 @@ inline void walk_into(const std::shared_ptr<nn::Module>& parent, nn::Module& mod
 inline std::shared_ptr<Activation> common_activation(const std::vector<Node>& nodes) {
   std::shared_ptr<Activation> activation;
   for (const auto& node : nodes) {
-    if (!node.site) continue;
+    if (!node.site || node.site->activation() == activation) continue;
     if (!activation || node.site->activation()->get()->known.size() > activation->get()->known.size()) {
       activation = node.site->activation();
     }
@@ -175,7 +173,6 @@ inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
   }
   std::set<const nn::Module*> seen;
   walk_into(model.weak_from_this().lock(), model, "", nodes, seen);
-  std::map<std::string, std::shared_ptr<AdapterRecord>> records;
   for (const auto& node : nodes) {
     if (!node.site) continue;
     if (learn_paths && node.parent && node.parent != node.module && node.site->base_parameters().is_empty()) {
@@ -185,16 +182,25 @@ inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
       }
     }
     if (learn_paths && node.site->path() != node.path) node.site->set_path(node.path);
+  }
+  const auto activation = common_activation(nodes);
+  const bool common = std::all_of(nodes.begin(), nodes.end(), [&](const Node& node) {
+    return !node.site || node.site->activation() == activation;
+  });
+  if (common) return nodes;
+  std::map<std::string, std::shared_ptr<AdapterRecord>> records;
+  for (const auto& node : nodes) {
+    if (!node.site) continue;
     for (const auto& name : node.site->adapters()) {
       const auto record = records.emplace(name, node.site->pieces(name).front().record).first->second;
       if (node.site->pieces(name).front().record != record) node.site->set_record(name, record);
     }
   }
-  const auto activation = common_activation(nodes);
   adopt(activation, nodes);
   for (const auto& node : nodes) {
-    if (node.site && node.site->activation() != activation) node.site->share(activation);
+    if (node.site) node.site->share(activation);
   }
+  activation->set(*activation->get());  // with room for the sites that joined
   return nodes;
 }
 

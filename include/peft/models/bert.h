@@ -68,6 +68,7 @@ class BertModelImpl : public nn::Cloneable<BertModelImpl>, public Pretrained {
 
   ModelDescription describe() const override { return {"FEATURE_EXTRACTION", name_or_path, "bert"}; }
   std::string architecture() const override { return "BertModel"; }
+  void gradient_checkpointing(bool on) override { encoder->gradient_checkpointing = on; }
   std::string base_prefix() const override { return "bert"; }
   std::vector<std::string> others() const override {
     std::vector<std::string> keys{"cls.", "classifier.", "qa_outputs."};
@@ -129,6 +130,7 @@ class BertClassifier : public nn::Cloneable<Derived>, public Pretrained {
         "classifier", peft::internal::unset_linear(config.hidden_size(), config.num_labels()));
   }
 
+  void gradient_checkpointing(bool on) override { bert->gradient_checkpointing(on); }
   std::string base_prefix() const override { return "bert"; }
   std::string head() const override { return "classifier"; }
   void initialize_head() override { peft::internal::initialize(*classifier, config.initializer_range()); }

@@ -4,7 +4,9 @@
 #include "peft/core/activation.h"
 #include "peft/core/adapted.h"
 #include "peft/core/attention.h"
+#include "peft/core/checkpointing.h"
 #include "peft/core/input.h"
+#include "peft/core/project.h"
 #include "peft/core/residual.h"
 #include "peft/models/bert_config.h"
 #include "peft/models/encoder.h"
@@ -158,8 +160,8 @@ class BertSelfAttentionImpl : public nn::Cloneable<BertSelfAttentionImpl> {
     const auto split = [&](const Tensor& y) {
       return y.view({y.size(0), y.size(1), config.num_attention_heads(), -1}).transpose(1, 2);
     };
-    return attention->forward(split(query->forward(x)), split(key->forward(x)), split(value->forward(x)),
-                              bias, /*cache=*/nullptr, x);
+    const auto [q, k, v] = project(x, query, key, value);
+    return attention->forward(split(q), split(k), split(v), bias, /*cache=*/nullptr, x);
   }
 
   BertConfig config;
@@ -282,13 +284,17 @@ class BertEncoderImpl : public nn::Cloneable<BertEncoderImpl> {
   Tensor forward(Tensor x, const Tensor& bias, std::vector<Tensor>* states) {
     if (states) states->push_back(x);
     for (const auto& block : *layer) {
-      x = block->as<BertLayer>()->forward(x, bias);
+      const auto run = [block](const Tensor& in, const Tensor& mask) {
+        return block->as<BertLayer>()->forward(in, mask);
+      };
+      x = gradient_checkpointing && is_training() ? checkpoint(run, x, bias) : run(x, bias);
       if (states) states->push_back(x);
     }
     return x;
   }
 
   BertConfig config;
+  bool gradient_checkpointing = false;
   nn::ModuleList layer{nullptr};
 };
 TORCH_MODULE(BertEncoder);

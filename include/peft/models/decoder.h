@@ -31,9 +31,11 @@ inline Tensor causal_loss(const Tensor& logits, Tensor labels, const Tensor& vir
   labels = labels.to(torch::kLong);
   if (virtual_tokens.defined()) {
     const auto real = virtual_tokens.logical_not().expand({logits.size(0), -1});
-    TORCH_CHECK_VALUE(labels.numel() == real.sum().item<int64_t>(),
-                      "causal_loss: labels must be one a real token, but got ",
-                      peft::internal::shape_text(labels.sizes()));
+    if (labels.is_cpu()) {  // asking a device would make it wait
+      TORCH_CHECK_VALUE(labels.numel() == real.sum().item<int64_t>(),
+                        "causal_loss: labels must be one a real token, but got ",
+                        peft::internal::shape_text(labels.sizes()));
+    }
     labels = torch::full(real.sizes(), -100, labels.options()).masked_scatter(real, labels);
   }
   TORCH_CHECK_VALUE(labels.sizes() == logits.sizes().slice(0, 2), "causal_loss: labels must be one a token, ",

@@ -4,6 +4,7 @@
 #include "peft/core/activation.h"
 #include "peft/core/adapted.h"
 #include "peft/core/attention.h"
+#include "peft/core/checkpointing.h"
 #include "peft/core/conv1d.h"
 #include "peft/core/input.h"
 #include "peft/core/residual.h"
@@ -213,10 +214,18 @@ class GPT2ModelImpl : public nn::Cloneable<GPT2ModelImpl>, public Pretrained {
     result.virtual_tokens = in.virtual_tokens;
     const auto bias = peft::internal::attention_bias(in.mask, in.values.scalar_type());
 
+    const bool checkpoints = checkpointing_ && is_training() && torch::GradMode::is_enabled();
+    TORCH_CHECK_VALUE(!checkpoints || !caches,
+                      "GPT2Model: gradient_checkpointing needs a forward without a cache in training (hint: "
+                      "use_cache = false, or torch::NoGradGuard to generate)");
     auto x = in.values;
     for (size_t i = 0; i < h->size(); ++i) {
       if (inputs.output_hidden_states) result.hidden_states.push_back(x);
-      x = h[i]->as<GPT2Block>()->forward(x, bias, caches ? &cache.layers[i] : nullptr);
+      const auto run = [block = h[i], own = caches ? &cache.layers[i] : nullptr](const Tensor& hidden,
+                                                                                 const Tensor& mask) {
+        return block->as<GPT2Block>()->forward(hidden, mask, own);
+      };
+      x = checkpoints ? checkpoint(run, x, bias) : run(x, bias);
     }
     result.last_hidden_state = ln_f->forward(x);
     if (inputs.output_hidden_states) result.hidden_states.push_back(result.last_hidden_state);
@@ -246,6 +255,7 @@ class GPT2ModelImpl : public nn::Cloneable<GPT2ModelImpl>, public Pretrained {
 
   ModelDescription describe() const override { return {"FEATURE_EXTRACTION", name_or_path, "gpt2"}; }
   std::string architecture() const override { return "GPT2Model"; }
+  void gradient_checkpointing(bool on) override { checkpointing_ = on; }
   nlohmann::ordered_json config_json() const override { return config.json(); }
   std::string base_prefix() const override { return "transformer"; }
   std::vector<std::string> others() const override {
@@ -310,6 +320,8 @@ class GPT2ModelImpl : public nn::Cloneable<GPT2ModelImpl>, public Pretrained {
                       "GPT2Model: the cache must have ", batch, " rows, but got ",
                       cache.length() ? cache.layers.front().k.size(0) : 0);
   }
+
+  bool checkpointing_ = false;
 };
 
 /// Holder of `GPT2ModelImpl`.
@@ -410,6 +422,7 @@ class GPT2LMHeadModelImpl : public nn::Cloneable<GPT2LMHeadModelImpl>, public Pr
 
   ModelDescription describe() const override { return {"CAUSAL_LM", name_or_path, "gpt2"}; }
   std::string architecture() const override { return "GPT2LMHeadModel"; }
+  void gradient_checkpointing(bool on) override { transformer->gradient_checkpointing(on); }
   nlohmann::ordered_json config_json() const override { return config.json(); }
   std::string base_prefix() const override { return "transformer"; }
   std::string head() const override { return config.tie_word_embeddings() ? "" : "lm_head"; }

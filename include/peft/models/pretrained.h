@@ -58,6 +58,11 @@ class Pretrained : public Described {
   /// of them; one that holds both, and differently, makes them two.
   virtual std::vector<std::pair<std::string, std::string>> tied() const { return {}; }
 
+  /// In training, keeps only the inputs of the blocks until backward, which runs each block once more
+  /// (`peft::checkpoint`): the same gradients from less memory. Off in evaluation. Throws: in forward, where
+  /// a cache is asked for.
+  virtual void gradient_checkpointing(bool on) = 0;
+
   /// The `config.json` of a model that was built from a config, or null where it cannot be written.
   virtual nlohmann::ordered_json config_json() const { return nullptr; }
 

@@ -14,7 +14,8 @@
 
 #include "peft/core/adapter.h"
 #include "peft/io/safetensors.h"
-#include "peft/train/optimizer.h"
+#include "peft/train/adapter_optimizer.h"
+#include "peft/train/grad_scaler.h"
 #include "peft/train/schedule.h"
 
 namespace peft {
@@ -59,7 +60,8 @@ inline void check_checkpoint(const SafetensorsFile& file, const std::string& tit
 /// they are set before the others are checked, and set back if something does not fit.
 class ControllerStates {
  public:
-  ControllerStates(const Adapter& adapter, AdamW& optimizer) : adapter_(adapter), optimizer_(optimizer) {
+  ControllerStates(const Adapter& adapter, AdapterOptimizer& optimizer)
+      : adapter_(adapter), optimizer_(optimizer) {
     for (const auto& controller : controllers()) before_.push_back(own(controller->state()));
     if (before_.empty()) return;
     tensors_ = own(adapter.named_tensors());
@@ -110,7 +112,7 @@ class ControllerStates {
   }
 
   const Adapter& adapter_;
-  AdamW& optimizer_;
+  AdapterOptimizer& optimizer_;
   std::vector<std::map<std::string, Tensor>> before_;
   std::map<std::string, Tensor> tensors_, moments_;
 };
@@ -118,16 +120,17 @@ class ControllerStates {
 }  // namespace internal
 
 /// Writes all of a run to one safetensors file: the adapter's tensors, frozen ones too, the optimizer's and
-/// the schedule's state, the random number generators and the caller's `position` in the data, an opaque
-/// string such as JSON. The file appears complete or not at all. To be called between steps: gradients are
-/// not kept. Example:
+/// the schedule's state, the random number generators, the state of a gradient scaler where there is one, and
+/// the caller's `position` in the data, an opaque string such as JSON. The file appears complete or not at
+/// all. To be called between steps: gradients are not kept. Example:
 /// ```
 /// peft::save_checkpoint("run/checkpoint.safetensors", adapter, optimizer, schedule,
 /// R"({"epoch":1,"batch":40})"); … const auto position = peft::load_checkpoint("run/checkpoint.safetensors",
 /// adapter, optimizer, schedule);
 /// ```
-inline void save_checkpoint(const std::filesystem::path& path, const Adapter& adapter, const AdamW& optimizer,
-                            const Schedule& schedule, const std::string& position = "") {
+inline void save_checkpoint(const std::filesystem::path& path, const Adapter& adapter,
+                            const AdapterOptimizer& optimizer, const Schedule& schedule,
+                            const std::string& position = "", const GradScaler* scaler = nullptr) {
   std::vector<std::pair<std::string, Tensor>> tensors;
   const auto add = [&](const std::string& prefix, const auto& named) {
     for (const auto& [name, tensor] : named) tensors.emplace_back(prefix + name, tensor.detach());
@@ -135,6 +138,7 @@ inline void save_checkpoint(const std::filesystem::path& path, const Adapter& ad
   add("adapter.", adapter.named_tensors());
   add("optimizer.", optimizer.state());
   add("schedule.", schedule.state());
+  if (scaler) add("scaler.", scaler->state());
   const auto& controllers = adapter.record().controllers;
   for (size_t i = 0; i < controllers.size(); ++i) {
     add("controller." + std::to_string(i) + ".", controllers[i]->state());
@@ -158,14 +162,16 @@ inline std::string checkpoint_position(const std::filesystem::path& path) {
 /// before anything is changed, for a file that is no checkpoint or damaged, and listing everything that does
 /// not fit: tensors that are missing, extra or of another shape or type, generators.
 inline std::string load_checkpoint(const std::filesystem::path& path, const Adapter& adapter,
-                                   AdamW& optimizer, Schedule& schedule) {
+                                   AdapterOptimizer& optimizer, Schedule& schedule,
+                                   GradScaler* scaler = nullptr) {
   torch::NoGradGuard no_grad;
   const std::string title = "load_checkpoint: '" + path.string() + "' cannot be used";
   const SafetensorsFile file(path);
   internal::check_checkpoint(file, title);
 
-  std::map<std::string, std::map<std::string, Tensor>> parts{
-      {"adapter", {}}, {"optimizer", {}}, {"schedule", {}}, {"generator", {}}, {"controller", {}}};
+  std::map<std::string, std::map<std::string, Tensor>> parts{{"adapter", {}},    {"optimizer", {}},
+                                                             {"schedule", {}},   {"generator", {}},
+                                                             {"controller", {}}, {"scaler", {}}};
   internal::Problems problems;
   for (const auto& name : file.names()) {
     const auto dot = name.find('.');
@@ -185,6 +191,7 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
   internal::check_tensors(named, tensors, problems);
   optimizer.check_state(parts["optimizer"], problems);
   schedule.check_state(parts["schedule"], problems);
+  internal::check_tensors(scaler ? scaler->state() : NamedTensors(), parts["scaler"], problems);
   const auto generators = internal::generators(adapter);
   std::vector<std::pair<std::string, Tensor>> before;
   for (const auto& [name, generator] : generators)
@@ -209,6 +216,7 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
   for (const auto& [name, tensor] : named) Tensor(tensor).copy_(tensors.at(name));
   optimizer.load_state(parts["optimizer"]);
   schedule.load_state(parts["schedule"]);
+  if (scaler) scaler->load_state(parts["scaler"]);
   optimizer.zero_grad();
   adapter.accept_changes();
   return file.metadata().at("position");

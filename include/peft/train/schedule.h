@@ -12,15 +12,15 @@
 #include <vector>
 
 #include "peft/core/problems.h"
-#include "peft/train/optimizer.h"
+#include "peft/train/adapter_optimizer.h"
 
 namespace peft {
 
 /// Multiplies each group's rate by λ(k), k the number of steps taken: `torch.optim.lr_scheduler.LambdaLR`.
 /// The rates the groups have when it is made are the ones multiplied; the constructor sets those of k = 0.
-/// A group that joins a `peft::AdamW` later, and begins the schedule anew, has a k of its own from 0 and the
-/// steps that are left; one that does not keeps its rate.
-/// Works on any `torch::optim::Optimizer`, which must outlive it. Example:
+/// A group that joins an adapter's optimizer later, and begins the schedule anew, has a k of its own from 0
+/// and the steps that are left; one that does not keeps its rate. Works on any `torch::optim::Optimizer`,
+/// which must outlive it. Example:
 /// ```
 /// peft::Schedule schedule(optimizer, [](int64_t k) { return 1.0 / static_cast<double>(1 + k); });
 /// optimizer.step();
@@ -85,11 +85,11 @@ class Schedule {
 
  private:
   void admit() {
-    const auto* adamw = dynamic_cast<const AdamW*>(optimizer_);
+    const auto* growing = dynamic_cast<const AdapterOptimizer*>(optimizer_);
     const auto& groups = optimizer_->param_groups();
-    for (size_t i = base_.size(); adamw && i < groups.size(); ++i) {
+    for (size_t i = base_.size(); growing && i < groups.size(); ++i) {
       base_.push_back(groups[i].options().get_lr());
-      start_.push_back(adamw->restarts_schedule(i) ? step_ : -1);
+      start_.push_back(growing->restarts_schedule(i) ? step_ : -1);
     }
   }
 

@@ -85,7 +85,9 @@ class MaskedFormat final : public PeftFormat {
     }
   }
   std::function<Part(Target)> read(ConfigFields& fields) const override {
-    const auto fits = [](const auto& value) { return value.is_number_integer() && value > 0; };
+    const auto fits = [](const auto& value) {
+      return value.is_number_integer() && value.template get<int64_t>() > 0;
+    };
     const auto counts = read_by_path<int64_t>(
         fields, "entries", "must map layers to the numbers of their entries, at least 1", fits);
     return [counts](Target target) {

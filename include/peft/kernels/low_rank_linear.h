@@ -1,0 +1,458 @@
+// Low-rank linear: frozen linear layers that share an input, with their low-rank updates, as one node of the
+// autograd graph.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "peft/core/compat.h"
+#include "peft/kernels/fast_paths.h"
+#include "peft/kernels/hash_dropout.h"
+
+namespace peft {
+
+/// What a piece adds to a linear layer: s · drop(x) (A ⊙ E)ᵀ Bᵀ.
+struct LowRankTerm {
+  Tensor A;            ///< (rank, in)
+  Tensor B;            ///< (out, rank)
+  Tensor E;            ///< (rank, 1), or undefined: ones
+  double scale = 1;    ///< s
+  double dropout = 0;  ///< rate; 0 outside training
+  /// Takes |s| Σ |B (A ⊙ E) ⊙ G| / √(in · out) in every backward, G the gradient of the layer's weight;
+  /// undefined: nobody wants it.
+  Tensor score;
+};
+
+/// A linear layer as it is: y = x Wᵀ + b.
+struct PlainLinear {
+  Tensor weight;  ///< (out, in), perhaps a view
+  Tensor bias;    ///< (out), or undefined
+};
+
+namespace internal {
+
+/// A layer with what is added to it, if anything.
+struct LowRankLinear {
+  PlainLinear linear;
+  std::optional<LowRankTerm> term;
+};
+
+/// y_k = x W_kᵀ + b_k + s_k · drop_k(x) (A_k ⊙ E_k)ᵀ B_kᵀ, W and b constants.
+/// With Ã all A ⊙ E below each other, h = x Ãᵀ and z = [s_k g_k B_k] beside each other: dx = Σ g_k W_k + z Ã,
+/// dÃ = zᵀ x, dA = dÃ ⊙ E, dE = Σ_columns dÃ ⊙ A, dB_k = s_k g_kᵀ h_k; x is read once for all layers, dx
+/// written by accumulation. Saves x, the W and the factors as variables, which are checked for changes in
+/// place; h and Ã plain. What no task asks for is not computed. Can be differentiated again.
+class LowRankLinearNode final : public torch::autograd::Node {
+  using Variable = torch::autograd::SavedVariable;
+  using Variables = torch::autograd::variable_list;
+
+ public:
+  /// Runs the layers. Gives the outputs a history where a gradient can reach x or a factor.
+  static Variables run(const Tensor& x, const std::vector<LowRankLinear>& layers) {
+    bool trains = x.requires_grad();
+    for (const auto& [linear, term] : layers) {
+      for (const auto& factor : factors(term))
+        trains = trains || (factor.defined() && factor.requires_grad());
+    }
+    Forward forward(x, layers);
+    if (!trains || !torch::GradMode::is_enabled()) return std::move(forward.outputs);
+
+    auto node = make_node<LowRankLinearNode>();
+    node->save(x, layers, forward);
+    for (auto& y : forward.outputs) torch::autograd::create_gradient_edge(y, node);
+    return std::move(forward.outputs);
+  }
+
+  std::string name() const override { return "LowRankLinearBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    released_ = true;
+    x_.reset_data();
+    h_ = A_ = Tensor();
+    for (auto& layer : layers_) {
+      for (auto* saved : {&layer.W, &layer.A, &layer.B, &layer.E}) saved->reset_data();
+      layer.turned_B = Tensor();
+    }
+  }
+
+ protected:
+  Variables apply(Variables&& gradients) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    Variables result(num_outputs());
+    if (std::none_of(gradients.begin(), gradients.end(), [](const Tensor& g) { return g.defined(); })) {
+      return result;
+    }
+    std::vector<Part> parts;
+    parts.reserve(layers_.size());
+    for (size_t k = 0; k < layers_.size(); ++k) {
+      const auto& layer = layers_[k];
+      Part part{layer, gradients[k], {}, {}, {}, {}, {}};
+      if (part.g.defined()) part.g = part.g.reshape({-1, layer.out});
+      part.W = layer.W.unpack();
+      part.A = layer.A.unpack();
+      part.B = layer.B.unpack();
+      part.E = layer.E.unpack();
+      for (size_t i = 0; i < 3; ++i) part.wanted[i] = task_should_compute_output(1 + 3 * k + i);
+      parts.push_back(std::move(part));
+    }
+    const auto x = x_.unpack();
+    if (torch::GradMode::is_enabled()) {
+      differentiable(x, parts, result);
+    } else {
+      fast(x, parts, result);
+    }
+    return result;
+  }
+
+ private:
+  struct Layer {
+    Variable W, A, B, E;
+    Tensor turned_B, score;
+    int64_t out = 0, rank = 0;
+    double scale = 0;  ///< s / (1 − p)
+    std::optional<HashDropout> dropout;
+  };
+  /// A layer in one backward.
+  struct Part {
+    const Layer& layer;
+    Tensor g;  ///< (T, out); undefined: nothing came
+    Tensor W, A, B, E;
+    bool wanted[3] = {};  ///< dA, dB, dE
+    bool wants_A() const { return wanted[0] || wanted[2]; }
+  };
+
+  static std::vector<Tensor> factors(const std::optional<LowRankTerm>& term) {
+    return term ? std::vector<Tensor>{term->A, term->B, term->E} : std::vector<Tensor>(3);
+  }
+
+  /// Rows of x that stay in the cores' caches while they are dropped and multiplied.
+  static int64_t block_rows(const Tensor& x) {
+    const auto bytes = static_cast<int64_t>(x.element_size()) * std::max<int64_t>(1, x.size(1));
+    return std::max<int64_t>(16, at::get_num_threads() * (int64_t{1} << 18) / bytes);
+  }
+
+  /// (T, ranks), in memory as such or turned over, whichever the BLAS multiplies faster.
+  static Tensor empty_thin(int64_t T, int64_t ranks, const torch::TensorOptions& options, bool turned) {
+    return turned ? at::empty({ranks, T}, options).t() : at::empty({T, ranks}, options);
+  }
+  /// MKL does always; OpenBLAS where the product is not deep.
+  static bool turns(const Tensor& x, int64_t depth) { return x.is_cpu() && (at::hasMKL() || depth <= 1024); }
+  /// Bᵀ, copied so that its rows are contiguous where the passes over many tokens pay for that.
+  static Tensor turned_B(const Tensor& B, int64_t T) { return T >= 64 ? B.t().contiguous() : B.t(); }
+  /// c ← scale · a bᵀ for a thin c, as it lies.
+  static void thin_product(Tensor c, const Tensor& a, const Tensor& b, double scale = 1) {
+    if (c.stride(0) == 1) {
+      c.t().addmm_(b, a.t(), 0, scale);
+    } else {
+      c.addmm_(a, b.t(), 0, scale);
+    }
+  }
+
+  /// What runs forward, and what of it backward uses.
+  struct Forward {
+    Forward(const Tensor& input, const std::vector<LowRankLinear>& layers) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const auto x = input.reshape({-1, input.size(-1)});
+      std::vector<Tensor> rows;
+      for (const auto& [linear, term] : layers) {
+        const auto W = linear.weight.t();
+        outputs.push_back(linear.bias.defined() ? at::addmm(linear.bias, x, W) : at::mm(x, W));
+        const bool drops = term && term->dropout > 0;
+        dropouts.push_back(drops ? std::optional(HashDropout::draw(term->dropout)) : std::nullopt);
+        if (term) rows.push_back(term->E.defined() ? at::mul(term->A, term->E) : term->A);
+      }
+      A = rows.size() == 1 ? rows.front() : at::cat(rows);
+      h = empty_thin(x.size(0), A.size(0), x.options(), turns(x, x.size(1)));
+      B.resize(layers.size());
+      multiply(x, layers);
+      auto shape = input.sizes().vec();
+      for (auto& y : outputs) {
+        shape.back() = y.size(1);
+        y = y.view(shape);
+      }
+    }
+
+    Variables outputs;
+    std::vector<std::optional<HashDropout>> dropouts;
+    Tensor A, h;
+    std::vector<Tensor> B;  ///< turned over
+
+   private:
+    void multiply(const Tensor& x, const std::vector<LowRankLinear>& layers) {
+      const auto each = [&](const auto& use) {
+        int64_t first = 0;
+        for (size_t k = 0; k < layers.size(); ++k) {
+          if (!layers[k].term) continue;
+          const auto rank = layers[k].term->A.size(0);
+          use(k, first, rank);
+          first += rank;
+        }
+      };
+      if (std::none_of(dropouts.begin(), dropouts.end(), [](const auto& d) { return d.has_value(); })) {
+        thin_product(h, x, A);
+      } else {
+        const auto input = x.contiguous();
+        const auto T = x.size(0), rows = std::min(T, block_rows(x));
+        const auto dropped = at::empty({rows, x.size(1)}, x.options());
+        for (int64_t begin = 0; begin < T; begin += rows) {
+          const auto count = std::min(rows, T - begin);
+          const auto from = input.narrow(0, begin, count), into = dropped.narrow(0, 0, count);
+          each([&](size_t k, int64_t first, int64_t rank) {
+            dropouts[k]->mask(begin, from, into);
+            thin_product(h.narrow(0, begin, count).narrow(1, first, rank), into, A.narrow(0, first, rank));
+          });
+        }
+      }
+      each([&](size_t k, int64_t first, int64_t rank) {
+        const auto& term = *layers[k].term;
+        B[k] = turned_B(term.B, x.size(0));
+        outputs[k].addmm_(h.narrow(1, first, rank), B[k], 1, term.scale / (1 - term.dropout));
+      });
+    }
+  };
+
+  void save(const Tensor& x, const std::vector<LowRankLinear>& layers, const Forward& forward) {
+    const auto edge = [](const Tensor& t) {
+      return t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge();
+    };
+    const auto variable = [](const Tensor& t) { return t.defined() ? Variable(t, false) : Variable(); };
+    torch::autograd::edge_list edges{edge(x)};
+    bool learns = false;
+    for (size_t k = 0; k < layers.size(); ++k) {
+      const auto& [linear, term] = layers[k];
+      for (const auto& factor : factors(term)) {
+        edges.push_back(edge(factor));
+        learns = learns || edges.back().is_valid();
+      }
+      Layer layer;
+      layer.out = linear.weight.size(0);
+      if (x.requires_grad()) layer.W = variable(linear.weight);
+      if (term) {
+        layer.A = variable(term->A);
+        layer.B = variable(term->B);
+        layer.E = variable(term->E);
+        layer.turned_B = forward.B[k];
+        layer.score = term->score;
+        layer.rank = term->A.size(0);
+        layer.scale = term->scale / (1 - term->dropout);
+        layer.dropout = forward.dropouts[k];
+      }
+      layers_.push_back(std::move(layer));
+    }
+    if (learns) x_ = variable(x);
+    shape_ = x.sizes().vec();
+    h_ = forward.h;
+    A_ = forward.A;
+    set_next_edges(std::move(edges));
+  }
+
+  /// Calls `use` with each part that has a term and a gradient, and the first of its ranks.
+  template <class Use>
+  static void each(std::vector<Part>& parts, const Use& use) {
+    int64_t first = 0;
+    for (size_t k = 0; k < parts.size(); ++k) {
+      if (parts[k].layer.rank && parts[k].g.defined()) use(k, parts[k], first);
+      first += parts[k].layer.rank;
+    }
+  }
+
+  /// In as few passes over the activations as there can be.
+  void fast(const Tensor& input, std::vector<Part>& parts, Variables& result) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const bool wants_x = task_should_compute_output(0);
+    bool complete = true, drops = false, wants_A = false;
+    int64_t T = 0;
+    Tensor dx;
+    for (auto& part : parts) {
+      complete = complete && part.g.defined();
+      if (!part.g.defined()) continue;
+      part.g = part.g.contiguous();
+      T = part.g.size(0);
+      drops = drops || part.layer.dropout;
+      wants_A = wants_A || (part.wants_A() && !part.layer.score.defined());
+      if (wants_x) dx = dx.defined() ? dx.addmm_(part.g, part.W) : at::mm(part.g, part.W);
+    }
+    const auto x = input.defined() ? input.reshape({T, shape_.back()}) : Tensor();
+    const auto ranks = A_.size(0);
+    auto dA = wants_A ? at::zeros_like(A_) : Tensor();
+    if (wants_x || wants_A) {
+      const auto z = empty_thin(T, ranks, A_.options(), turns(A_, layers_.front().out));
+      if (!complete) Tensor(z).zero_();
+      each(parts, [&](size_t, const Part& part, int64_t first) {
+        thin_product(z.narrow(1, first, part.layer.rank), part.g, part.layer.turned_B, part.layer.scale);
+      });
+      if (drops) {
+        through_dropout(parts, x, z, dx, dA, A_);
+      } else {
+        if (wants_x) dx.addmm_(z, A_);
+        if (wants_A) dA.addmm_(z.t(), x, 0);
+      }
+    }
+    if (wants_x) result[0] = dx.view(shape_);
+    each(parts, [&](size_t k, const Part& part, int64_t first) {
+      const auto rank = part.layer.rank;
+      const auto A = A_.narrow(0, first, rank);
+      Tensor own, dB;
+      if (part.layer.score.defined()) {
+        std::tie(own, dB) = scored(part, dropped(part.layer, x), A);
+      } else {
+        if (dA.defined()) own = dA.narrow(0, first, rank);
+        if (part.wanted[1]) {
+          // Turned over: the BLAS are slow at a few columns out of a tall product.
+          dB = at::zeros({rank, part.layer.out}, A.options());
+          dB = dB.addmm_(h_.narrow(1, first, rank).t(), part.g, 0, part.layer.scale).t().contiguous();
+        }
+      }
+      auto* gradients = &result[1 + 3 * k];
+      if (part.wanted[1]) gradients[1] = dB;
+      if (part.wanted[2]) gradients[2] = at::mul(own, part.A).sum(1, /*keepdim=*/true);
+      if (part.wanted[0]) gradients[0] = part.E.defined() ? own.mul_(part.E) : own;
+    });
+  }
+
+  /// dx += m ⊙ (z Ã) and dÃ = zᵀ (m ⊙ x), in blocks of rows that stay in the cache, each layer with its own
+  /// mask, which is computed once. `dx` or `dA` may be undefined.
+  static void through_dropout(std::vector<Part>& parts, const Tensor& input, const Tensor& z,
+                              const Tensor& dx, const Tensor& dA, const Tensor& A) {
+    const auto& like = dx.defined() ? dx : input;
+    const auto x = dA.defined() ? input.contiguous() : Tensor();
+    const auto T = like.size(0), rows = std::min(T, block_rows(like));
+    const auto scratch = [&](bool wanted) {
+      return wanted ? at::empty({rows, like.size(1)}, like.options()) : Tensor();
+    };
+    const auto dropped = scratch(dA.defined()), update = scratch(dx.defined());
+    for (int64_t begin = 0; begin < T; begin += rows) {
+      const auto count = std::min(rows, T - begin);
+      const auto block = [&](const Tensor& t, int64_t from) {
+        return t.defined() ? t.narrow(0, from, count) : t;
+      };
+      each(parts, [&](size_t, const Part& part, int64_t first) {
+        const auto rank = part.layer.rank;
+        const auto own = z.narrow(0, begin, count).narrow(1, first, rank);
+        const auto into = block(update, 0);
+        if (into.defined()) Tensor(into).addmm_(own, A.narrow(0, first, rank), 0);
+        part.layer.dropout->mask(begin, block(x, begin), block(dropped, 0), into, block(dx, begin));
+        if (dA.defined()) dA.narrow(0, first, rank).addmm_(own.t(), block(dropped, 0));
+      });
+    }
+  }
+
+  /// m ⊙ x.
+  static Tensor dropped(const Layer& layer, const Tensor& x) {
+    if (!layer.dropout) return x;
+    const auto result = at::empty(x.sizes(), x.options());
+    layer.dropout->mask(0, x.contiguous(), result);
+    return result;
+  }
+
+  /// Leaves the score, and gives dÃ and dB, which with G at hand cost less than out of z and h; B Ã and G
+  /// exist a block of rows at a time. `x`: dropped.
+  static std::pair<Tensor, Tensor> scored(const Part& part, const Tensor& x, const Tensor& A) {
+    const auto scale = part.layer.scale;
+    auto dA = at::zeros_like(A), dB = at::zeros_like(part.B);
+    const auto sum = at::zeros({}, A.options());
+    constexpr int64_t rows = 256;
+    for (int64_t first = 0; first < part.layer.out; first += rows) {
+      const auto count = std::min(rows, part.layer.out - first);
+      const auto B = part.B.narrow(0, first, count);
+      const auto G = at::mm(part.g.narrow(1, first, count).t(), x);
+      dA.addmm_(B.t(), G, 1, scale);
+      dB.narrow(0, first, count).addmm_(G, A.t(), 0, scale);
+      Tensor(sum).add_(at::mm(B, A).mul_(G).abs_().sum());
+    }
+    const auto entries = static_cast<double>(part.layer.out * A.size(1));
+    part.layer.score.copy_(Tensor(sum).mul_(std::abs(scale) / std::sqrt(entries)));
+    return {dA, dB};
+  }
+
+  /// The same out of place, in operations that have a history.
+  void differentiable(const Tensor& input, std::vector<Part>& parts, Variables& result) const {
+    const bool wants_x = task_should_compute_output(0);
+    const auto x = input.defined() ? input.reshape({-1, shape_.back()}) : Tensor();
+    Tensor dx;
+    const auto add = [&](const Tensor& term) { dx = dx.defined() ? dx + term : term; };
+    if (wants_x) {
+      for (const auto& part : parts) {
+        if (part.g.defined()) add(at::mm(part.g, part.W));
+      }
+    }
+    each(parts, [&](size_t k, const Part& part, int64_t) {
+      const auto scale = part.layer.scale;
+      const auto A = part.E.defined() ? part.A * part.E : part.A;
+      const auto z = at::mm(part.g, part.B) * scale;
+      const auto ones = at::ones({z.size(0), A.size(1)}, A.options().requires_grad(false));
+      const auto mask = dropped(part.layer, ones);
+      if (wants_x) add(at::mm(z, A) * mask);
+      if (!x.defined()) return;
+      const auto kept = x * mask, dA = at::mm(z.t(), kept);
+      auto* gradients = &result[1 + 3 * k];
+      if (part.wanted[0]) gradients[0] = part.E.defined() ? dA * part.E : dA;
+      if (part.wanted[1]) gradients[1] = at::mm(part.g.t(), at::mm(kept, A.t())) * scale;
+      if (part.wanted[2]) gradients[2] = (dA * part.A).sum(1, /*keepdim=*/true);
+      if (!part.layer.score.defined()) return;
+      const torch::NoGradGuard no_grad;
+      scored(part, kept, A);
+    });
+    if (wants_x) result[0] = dx.view(shape_);
+  }
+
+  std::vector<Layer> layers_;
+  Variable x_;
+  Tensor h_, A_;
+  std::vector<int64_t> shape_;
+  bool released_ = false;
+};
+
+/// Whether the node may stand for these layers on this input: everything of one floating type on one device,
+/// W and b constant, no autocast, no forward-mode derivatives, a kernel for the dropout, and one rate of it.
+inline bool low_rank_linear_fits(const Tensor& x, const std::vector<LowRankLinear>& layers) {
+  if (!FastPaths::enabled() || x.dim() == 0 || x.layout() != torch::kStrided ||
+      !(x.is_cpu() || x.is_cuda()) || !x.is_floating_point() || autocasts(x.device().type())) {
+    return false;
+  }
+  const auto alike = [&x](const Tensor& t, int64_t dim) {
+    return t.dim() == dim && t.scalar_type() == x.scalar_type() && t.device() == x.device() &&
+           t.layout() == torch::kStrided && !t._fw_grad(0).defined();
+  };
+  const auto constant = [](const Tensor& t) { return !(t.requires_grad() && torch::GradMode::is_enabled()); };
+  if (x._fw_grad(0).defined()) return false;
+  std::optional<double> rate;
+  for (const auto& [linear, term] : layers) {
+    const auto& [W, b] = linear;
+    if (!alike(W, 2) || !constant(W) || W.size(1) != x.size(-1)) return false;
+    if (b.defined() && (!alike(b, 1) || !constant(b))) return false;
+    if (!term) continue;
+    const auto& [A, B, E, scale, dropout, score] = *term;
+    if (!alike(A, 2) || !alike(B, 2) || (E.defined() && !alike(E, 2)) || A.size(0) == 0 ||
+        A.size(1) != W.size(1) || B.size(0) != W.size(0)) {
+      return false;
+    }
+    if (rate.value_or(dropout) != dropout || (dropout > 0 && !HashDropout::supports(x))) return false;
+    rate = dropout;
+  }
+  return rate.has_value();
+}
+
+/// The layers' outputs, or nothing where the node does not fit.
+inline std::optional<std::vector<Tensor>> low_rank_linear(const Tensor& x,
+                                                          const std::vector<LowRankLinear>& layers) {
+  if (!low_rank_linear_fits(x, layers)) return {};
+  return LowRankLinearNode::run(x, layers);
+}
+
+}  // namespace internal
+}  // namespace peft

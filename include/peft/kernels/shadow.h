@@ -1,0 +1,68 @@
+// Shadow: a trained tensor in the type of the layer it works on, cast once a step.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+
+#include <c10/core/InferenceMode.h>
+
+#include "peft/core/compat.h"
+#include "peft/kernels/cpu.h"
+
+namespace peft {
+
+/// True where the CPU has instructions for products of bfloat16. Elsewhere LibTorch emulates them, which is
+/// several times slower than float32: such a base then saves memory, not time.
+inline bool cpu_multiplies_bfloat16() {
+#if PEFT_HAS_AVX
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+namespace internal {
+
+/// A copy of a master in another floating type, made anew when the master has changed: activations then need
+/// no cast. Its gradient becomes the master's, in the master's type; it serves any number of forwards and
+/// backwards in between, since a cast keeps nothing for its backward. Several threads may ask at once.
+class Shadow {
+ public:
+  Shadow() = default;
+  // A copy of the owner has a master of its own.
+  Shadow(const Shadow&) {}
+  Shadow& operator=(const Shadow&) { return *this; }
+  ~Shadow() = default;
+
+  /// `master` in `type`; itself where that is its type.
+  Tensor of(const Tensor& master, torch::ScalarType type) const {
+    if (master.scalar_type() == type) return master;
+    if (master.is_cpu() && type == torch::kBFloat16 && !cpu_multiplies_bfloat16()) {
+      TORCH_WARN_ONCE(
+          "peft: this CPU has no instructions for bfloat16, so a base in it is slower than one in "
+          "float32");
+    }
+    if (!master.is_leaf() || c10::InferenceMode::is_enabled()) return master.to(type);
+    const torch::AutoGradMode with_history(true);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool stands = cast_.defined() && cast_.scalar_type() == type && master_ == master.data_ptr() &&
+                        version_ == master._version() && cast_.device() == master.device() &&
+                        cast_.requires_grad() == master.requires_grad();
+    if (!stands) {
+      cast_ = master.to(type);
+      master_ = master.data_ptr();
+      version_ = master._version();
+    }
+    return cast_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable Tensor cast_;
+  mutable const void* master_ = nullptr;
+  mutable int64_t version_ = 0;
+};
+
+}  // namespace internal
+}  // namespace peft
