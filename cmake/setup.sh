@@ -263,11 +263,11 @@ peft_setup() {
   peft_find_libtorch "${1:-}"
 }
 
-# How many compilers at once: one a core, and about 1.5 GB of memory each.
+# peft_jobs [GIGABYTES]: how many compilers at once, one a core, and so much memory each (default: 1.5).
 peft_jobs() {
   local cores memory
   cores=$(nproc)
-  memory=$(awk '/MemAvailable/ {print int($2 / 1500000)}' /proc/meminfo)
+  memory=$(awk -v each="${1:-1.5}" '/MemAvailable/ {print int($2 / each / 1000000)}' /proc/meminfo)
   [ "$memory" -ge 1 ] || memory=1
   echo $((cores < memory ? cores : memory))
 }

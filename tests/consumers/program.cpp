@@ -1,4 +1,5 @@
-// What a user's first program looks like: the consumer projects build and run it.
+// What a user's first program looks like: the project that uses the installed library builds and runs it,
+// those that hold the library's sources a smaller one, part.cpp.
 #include <peft/peft.h>
 
 #include <iostream>
