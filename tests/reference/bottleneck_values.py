@@ -3,7 +3,8 @@
     python tests/reference/bottleneck_values.py        (a Python with adapters 1.3.0)
 
 One adapter module at a join of width 4, around a LayerNorm or, where the case says so, without one: its tensors after
-manual_seed(3), what the join gives on fixed tensors, and what it gives after three steps of AdamW on the mean of its square.
+manual_seed(3), what the join gives on fixed tensors, and, in float64, what it gives after three steps of AdamW on the mean of
+its square.
 """
 
 import torch
@@ -48,19 +49,24 @@ def case(name, config, with_norm=True):
         hidden, _, residual = block.pre_forward(output, skip, norm)
         return block.post_forward(block(hidden, residual)[0], output, skip, norm)
 
-    def show(tensors):
-        return "{" + ", ".join(f"{float(v):.10g}" for t in tensors for v in t.detach().reshape(-1)) + "}"
+    def show(tensors, digits=10):
+        return "{" + ", ".join(f"{float(v):.{digits}g}" for t in tensors for v in t.detach().reshape(-1)) + "}"
 
     # Sorted as the test's tensors are: `shared` comes after what a piece has of its own.
     named = sorted((key.replace("adapter_down.0.", "adapter_down.").replace("adapter_down.1.", "adapter_down."), value)
                    for key, value in block.named_parameters() if not (config.ln_before and key.startswith("adapter_down.0.")))
     start, first = show([value for _, value in named] + parameters[len(list(block.parameters())):]), show([join()])
+    output, skip = output.double(), skip.double()
+    for module in filter(None, (block, norm)):
+        module.double()
+    for shared in Shared.shared_parameters.get("case", {}).values():
+        shared.data = shared.data.double()
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01)
     for _ in range(3):
         optimizer.zero_grad()
         join().square().mean().backward()
         optimizer.step()
-    print(f"// {name}\n{{{start},\n {first},\n {show([join()])}}},")
+    print(f"// {name}\n{{{start},\n {first},\n {show([join()], 14)}}},")
 
 
 load = configuration.AdapterConfig.load

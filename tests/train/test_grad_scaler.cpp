@@ -60,6 +60,22 @@ TEST_CASE("Clipping sees gradients without the scale, and a power of two changes
   CHECK(difference(run(true), run(false)) == 0);
 }
 
+TEST_CASE("A parameter that backward did not reach stays as it is", "[grad_scaler]") {
+  auto [net, adapter] = adapted_net();
+  peft::AdamW optimizer(adapter, torch::optim::AdamWOptions(1e-2).weight_decay(0.5));
+  peft::GradScaler scaler;
+  const auto before = copies(net->value->parameters());
+  const auto reached = copies(net->key->parameters());
+  for (int i = 0; i < 2; ++i) {
+    optimizer.zero_grad();
+    scaler.scale(net->forward(torch::ones({4, 6}), /*all=*/false).square().sum()).backward();
+    CHECK(scaler.step(optimizer));
+    scaler.update();
+  }
+  CHECK(difference(copies(net->value->parameters()), before) == 0);
+  CHECK(difference(copies(net->key->parameters()), reached) > 1e-4);
+}
+
 TEST_CASE("Steps out of order and options out of range are refused", "[grad_scaler]") {
   using Options = peft::GradScalerOptions;
   CHECK_THROWS_WITH(

@@ -50,7 +50,8 @@ struct AdamWConstants {
 };
 
 /// The definition. Every sum of a product is rounded once, so that the vectors below give the same bits and
-/// no compiler is free to choose.
+/// no compiler is free to choose; but what the decay leaves of a weight is rounded by itself, as in torch,
+/// for near 1 that rounding is as large as the decay.
 template <class T>
 void adamw_loop(T* p, const T* g, T* m, T* v, int64_t count, const AdamWConstants<T>& c) {
   for (int64_t i = 0; i < count; ++i) {
@@ -58,7 +59,7 @@ void adamw_loop(T* p, const T* g, T* m, T* v, int64_t count, const AdamWConstant
     m[i] = std::fma(gradient, c.rest1, m[i] * c.beta1);
     v[i] = std::fma(c.rest2 * gradient, gradient, v[i] * c.beta2);
     const T denominator = std::fma(std::sqrt(v[i]), c.inverse_root, c.eps);
-    const T updated = std::fma(p[i], c.before, c.size * m[i] / denominator);
+    const T updated = std::fma(p[i], c.before, T(0)) + c.size * m[i] / denominator;
     p[i] = std::fma(updated, c.after, updated);
   }
 }
@@ -80,7 +81,8 @@ __attribute__((target("avx2,fma"))) inline void adamw_avx2(float* p, const float
                                           _mm256_mul_ps(_mm256_loadu_ps(v + i), beta2));
     const __m256 denominator = _mm256_fmadd_ps(_mm256_sqrt_ps(square), inverse_root, eps);
     const __m256 change = _mm256_div_ps(_mm256_mul_ps(size, mean), denominator);
-    const __m256 updated = _mm256_fmadd_ps(_mm256_loadu_ps(p + i), before, change);
+    const __m256 kept = _mm256_fmadd_ps(_mm256_loadu_ps(p + i), before, _mm256_setzero_ps());
+    const __m256 updated = _mm256_add_ps(kept, change);
     _mm256_storeu_ps(m + i, mean);
     _mm256_storeu_ps(v + i, square);
     _mm256_storeu_ps(p + i, _mm256_fmadd_ps(updated, after, updated));
@@ -105,7 +107,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void adamw_
                                           _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, v + i), beta2));
     const __m512 denominator = _mm512_fmadd_ps(_mm512_maskz_sqrt_ps(mask, square), inverse_root, eps);
     const __m512 change = _mm512_maskz_div_ps(mask, _mm512_mul_ps(size, mean), denominator);
-    const __m512 updated = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, p + i), before, change);
+    const __m512 kept = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, p + i), before, _mm512_setzero_ps());
+    const __m512 updated = _mm512_add_ps(kept, change);
     _mm512_mask_storeu_ps(m + i, mask, mean);
     _mm512_mask_storeu_ps(v + i, mask, square);
     _mm512_mask_storeu_ps(p + i, mask, _mm512_fmadd_ps(updated, after, updated));

@@ -47,6 +47,10 @@ class AdapterOptimizer : public torch::optim::Optimizer {
   /// costs the next step a copy.
   void zero_grad() { storage_.zero_gradients(); }
 
+  /// Undefines the gradients that `zero_grad` left and backward did not reach, for whoever writes to all
+  /// gradients there are.
+  void drop_untouched_gradients() { storage_.drop_untouched(); }
+
   /// Updates every parameter that has a gradient. Returns the closure's loss, if there is one.
   Tensor step(LossClosure closure = nullptr) override {
     torch::NoGradGuard no_grad;

@@ -16,6 +16,7 @@
 #include "peft/core/compat.h"
 #include "peft/core/problems.h"
 #include "peft/kernels/is_finite.h"
+#include "peft/train/adapter_optimizer.h"
 
 namespace peft {
 
@@ -84,6 +85,7 @@ class GradScaler {
     TORCH_CHECK(state.stage == Stage::ready, "GradScaler::unscale: ",
                 state.stage == Stage::unscaled ? "the gradients were divided already since the last update()"
                                                : "step() came before it");
+    if (auto* own = dynamic_cast<AdapterOptimizer*>(&optimizer)) own->drop_untouched_gradients();
     std::vector<Tensor> on_gpu;
     const torch::NoGradGuard no_grad;
     // In float64, so that the inverse of a scale that float32 holds is right to the last bit.
