@@ -80,13 +80,12 @@ class AdaLoraImportance {
 
   /// Views of what is kept of A, E or B of a piece: sensitivity and uncertainty.
   std::pair<Tensor, Tensor> of(size_t piece, Factor factor) const {
-    for (const auto& stack : stacks_) {
-      const auto found = std::find(stack.members.begin(), stack.members.end(), piece);
-      if (found == stack.members.end()) continue;
-      const auto slot = found - stack.members.begin();
-      return {stack.all(stack.sensitivity, factor)[slot], stack.all(stack.uncertainty, factor)[slot]};
-    }
-    TORCH_INTERNAL_ASSERT(false, "no piece ", piece);
+    const auto stack = std::find_if(stacks_.begin(), stacks_.end(), [piece](const auto& each) {
+      return std::find(each.members.begin(), each.members.end(), piece) != each.members.end();
+    });
+    TORCH_INTERNAL_ASSERT(stack != stacks_.end(), "no piece ", piece);
+    const auto slot = std::find(stack->members.begin(), stack->members.end(), piece) - stack->members.begin();
+    return {stack->all(stack->sensitivity, factor)[slot], stack->all(stack->uncertainty, factor)[slot]};
   }
 
  private:
