@@ -166,9 +166,7 @@ inline void measure_blocks(Session& session, Row& row, const BlockSizes& sizes, 
     row.facts["saved bytes, plain"] = saved(bench);
     variants.push_back({"plain", [bench] { bench->step(); }});
   }
-  for (const auto& variant : variants) {
-    row.facts["step memory, " + variant.name] = session.device.peak_bytes(variant.step);
-  }
+  record_step_memory(session.device, variants, row);
   if (session.peer && method.has_peer) {
     const auto reply = session.prepare({{"kind", "blocks"},
                                         {"trains", trains},
@@ -179,10 +177,7 @@ inline void measure_blocks(Session& session, Row& row, const BlockSizes& sizes, 
                                         {"kv_heads", sizes.kv_heads},
                                         {"blocks", sizes.blocks}});
     compare(expected, reply.at("figures").get<std::vector<double>>(), "Python PEFT", tolerance, row);
-    row.facts["saved bytes, PEFT"] = reply.at("saved").get<double>();
-    row.facts["step memory, PEFT"] = reply.at("memory").get<double>();
-    variants.push_back({"PEFT floor", {}});
-    variants.push_back({"PEFT", {}});
+    add_python(reply, variants, row);
   }
   row.base = "floor";
   interleave(variants, session.budget, session.device, session.peer.get(), row);

@@ -259,8 +259,7 @@ inline void measure_layers(Session& session, Row& row, const LayerCase& shape, c
                                         {"out", shape.out},
                                         {"chain", shape.chain}});
     compare(expected, reply.at("figures").get<std::vector<double>>(), "Python PEFT", tolerance, row);
-    variants.push_back({"PEFT floor", {}});
-    variants.push_back({"PEFT", {}});
+    add_python(reply, variants, row);
   }
   row.base = "floor";
   if (!session.device.is_cuda()) {

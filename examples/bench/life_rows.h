@@ -86,17 +86,11 @@ inline void measure_deed(Session& session, Row& row, const EncoderCase& shape, c
   }
   std::vector<Variant> variants{ours};
   if (session.peer && deed.has_peer) {
-    const auto config = shape.config();
     const auto reply = session.prepare({{"kind", "life"},
                                         {"deed", deed.name},
                                         {"rank", deed.rank},
                                         {"loaded", deed.loaded},
-                                        {"config",
-                                         {{"vocab_size", config.vocab_size()},
-                                          {"hidden_size", config.hidden_size()},
-                                          {"num_hidden_layers", config.num_hidden_layers()},
-                                          {"num_attention_heads", config.num_attention_heads()},
-                                          {"intermediate_size", config.intermediate_size()}}}});
+                                        {"config", shape.python_config()}});
     TORCH_CHECK(reply.at("trainable").get<int64_t>() == adapters.front().count(),
                 "Python's adapter must have as many weights as ours, ", adapters.front().count(),
                 ", but has ", reply.at("trainable").get<int64_t>());

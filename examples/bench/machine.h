@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <fmt/format.h>
+#include <peft/kernels/shadow.h>
 #include <torch/version.h>
 
 #include <cstdlib>
@@ -47,25 +48,13 @@ inline std::string blas() {
 
 }  // namespace internal
 
-/// True where the processor multiplies bf16 numbers itself.
-inline bool has_bf16_instructions() {
-  const auto flags = " " + internal::cpuinfo("flags") + " ";
-  return flags.find(" avx512_bf16 ") != std::string::npos || flags.find(" amx_bf16 ") != std::string::npos;
-}
-
-/// glibc keeps what a step freed for the next one (finetune::keep_freed_memory), or gives large blocks back
-/// to the kernel, as it does by default. The variables that set a child process alike.
-inline std::vector<std::string> malloc_variables() {
-  return {"MALLOC_MMAP_THRESHOLD_=33554432", "MALLOC_TRIM_THRESHOLD_=2000000000", "MALLOC_TOP_PAD_=67108864"};
-}
-
 /// What the header of a run says, in order of its names.
 inline std::map<std::string, std::string> machine(const std::string& threads, bool tuned,
                                                   const std::string& clock) {
   const char* tunables = std::getenv("GLIBC_TUNABLES");
   return {
       {"cpu", internal::cpuinfo("model name")},
-      {"bf16 instructions", has_bf16_instructions() ? "yes" : "no"},
+      {"bf16 instructions", peft::cpu_multiplies_bfloat16() ? "yes" : "no"},
       {"blas", internal::blas()},
       {"libtorch", TORCH_VERSION},
       {"threads", threads},

@@ -3,6 +3,8 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <peft/kernels/product_order.h>
+#include <peft/kernels/shadow.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -11,6 +13,8 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -25,6 +29,7 @@
 #include "bench/session.h"
 #include "bench/step_rows.h"
 #include "bench/targets.h"
+#include "finetune/kept_memory.h"
 #include "finetune/threads.h"
 
 namespace {
@@ -35,7 +40,7 @@ struct Arguments {
   std::string python, script = PEFT_BENCH_PEER;
   int threads = 1;
   double seconds = 0;
-  bool quick = false, tiny = false, no_python = false, list = false;
+  bool quick = false, tiny = false, no_python = false, list = false, orders = false;
 };
 
 /// Every row there is for a device, in the order of the sets.
@@ -116,7 +121,7 @@ int run(const Arguments& arguments) {
                       "examples/bench.sh installs one; --no-python leaves Python's side out)");
     std::vector<std::string> variables{"TOKENIZERS_PARALLELISM=false", "HF_HUB_OFFLINE=1"};
     if (tuned) {
-      for (const auto& variable : bench::malloc_variables()) variables.push_back(variable);
+      for (const auto& variable : finetune::kept_memory_variables()) variables.push_back(variable);
     }
     session.peer =
         std::make_unique<bench::Peer>(arguments.python, arguments.script,
@@ -135,7 +140,18 @@ int run(const Arguments& arguments) {
   for (const auto& [name, value] : machine) fmt::print("{:18}{}\n", name, value);
   std::fflush(stdout);
 
+  std::filesystem::create_directories(arguments.out);
+  const auto write = [&](const std::string& name, const std::string& text) {
+    const auto path = std::filesystem::path(arguments.out) / name;
+    std::ofstream file(path);
+    TORCH_CHECK(file << text << std::flush, path.string(), " cannot be written");
+    return path.string();
+  };
+  std::optional<peft::ProductOrderReport> orders;
+  if (arguments.orders) orders.emplace(std::cerr);
   std::vector<bench::Row> rows;
+  std::vector<bench::TargetRow> table;
+  std::string written;
   bool failed = false;
   const double begin = bench::wall_clock();
   for (size_t i = 0; i < plans.size(); ++i) {
@@ -156,24 +172,16 @@ int run(const Arguments& arguments) {
     failed = failed || !row.problem.empty();
     if (!row.problem.empty()) fmt::print(stderr, "{} failed: {}\n", row.title(), row.problem);
     rows.push_back(std::move(row));
+    // After every row: a run of hours that is stopped leaves what it measured.
+    table = bench::targets(rows, peft::cpu_multiplies_bfloat16(), session.device.is_cuda(), budget.by_wall);
+    written = write("bench.json", bench::to_json(machine, rows, table).dump(1) + "\n");
   }
-  const auto table =
-      bench::targets(rows, bench::has_bf16_instructions(), session.device.is_cuda(), budget.by_wall);
   fmt::print("\n{}\n{}\n{}", bench::rows_table(rows), bench::facts_text(rows), bench::targets_table(table));
   if (arguments.quick) fmt::print("\n--quick leaves out C8 (it compiles for minutes) and most shapes.\n");
 
-  std::filesystem::create_directories(arguments.out);
-  const auto write = [&](const std::string& name, const std::string& text) {
-    const auto path = std::filesystem::path(arguments.out) / name;
-    std::ofstream file(path);
-    TORCH_CHECK(file << text << std::flush, path.string(), " cannot be written");
-    fmt::print("\n{}", path.string());
-  };
-  write("bench.json", bench::to_json(machine, rows, table).dump(1) + "\n");
   const auto subtitle =
       fmt::format("LibTorch {}, {}, {}, {}", machine["libtorch"], machine["blas"], threads, machine["cpu"]);
-  write("bench.svg", bench::chart(subtitle, rows));
-  fmt::print("\n");
+  fmt::print("\n{}\n{}\n", written, write("bench.svg", bench::chart(subtitle, rows)));
   return failed ? 1 : 0;
 }
 
@@ -188,8 +196,7 @@ int main(int argc, char** argv) {
   app.add_option(
          "--set", arguments.sets,
          "sets to run: C1 layers, C2 whole steps, C3 after backward, C4 host time, C5 life cycle, C8 build; "
-         "on "
-         "a GPU G1 decoder blocks, G2 encoders, G3 methods over LoRA, G5 after backward (default: all)")
+         "on a GPU G1 decoder blocks, G2 encoders, G3 methods over LoRA, G5 after backward (default: all)")
       ->delimiter(',');
   app.add_option("--filter", arguments.filter, "only rows whose set and name hold this text");
   app.add_flag("--list", arguments.list, "names the rows and ends");
@@ -210,6 +217,8 @@ int main(int argc, char** argv) {
   app.add_option("--device", arguments.device, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
+  app.add_flag("--orders", arguments.orders,
+               "prints in which order low-rank layers compute their products, a line a shape");
   app.add_option("--python", arguments.python,
                  "of Python PEFT (default: the environment's PEFT_REFERENCE_PYTHON)");
   app.add_option("--peer", arguments.script, "the script it runs")

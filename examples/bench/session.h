@@ -84,6 +84,21 @@ inline void stir(const peft::Adapter& adapter, double size = 0.02) {
   adapter.accept_changes();
 }
 
+/// The memory that a step of each variant takes.
+inline void record_step_memory(const Device& device, const std::vector<Variant>& variants, Row& row) {
+  for (const auto& variant : variants) {
+    row.facts["step memory, " + variant.name] = device.peak_bytes(variant.step);
+  }
+}
+
+/// Python's variants, and the memory it says that its own take.
+inline void add_python(const nlohmann::json& reply, std::vector<Variant>& variants, Row& row) {
+  if (reply.contains("saved")) row.facts["saved bytes, PEFT"] = reply.at("saved").get<double>();
+  if (reply.contains("memory")) row.facts["step memory, PEFT"] = reply.at("memory").get<double>();
+  variants.push_back({"PEFT floor", {}});
+  variants.push_back({"PEFT", {}});
+}
+
 /// The same work in the methods' composed forms, without the fast ones.
 inline std::function<void()> composed(std::function<void()> step) {
   return [step = std::move(step)] {

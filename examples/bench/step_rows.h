@@ -35,6 +35,15 @@ struct EncoderCase {
         .intermediate_size(intermediate)
         .dropout(0);
   }
+  /// For Python's side.
+  nlohmann::json python_config() const {
+    const auto own = config();
+    return {{"vocab_size", own.vocab_size()},
+            {"hidden_size", own.hidden_size()},
+            {"num_hidden_layers", own.num_hidden_layers()},
+            {"num_attention_heads", own.num_attention_heads()},
+            {"intermediate_size", own.intermediate_size()}};
+  }
   std::string title() const {
     return fmt::format("{} {}x{}{}", name, batch, length, dtype == torch::kBFloat16 ? " bf16" : "");
   }
@@ -199,7 +208,6 @@ inline void measure_step(Session& session, Row& row, const EncoderCase& shape, c
   nlohmann::json reply;
   if (session.peer) {
     // What ours starts from is on disk already; these losses are the first ones of both.
-    const auto config = shape.config();
     reply = session.prepare({{"kind", "encoder"},
                              {"method", method.plain ? "adapter" : method.name},
                              {"allocates", method.allocates},
@@ -207,12 +215,7 @@ inline void measure_step(Session& session, Row& row, const EncoderCase& shape, c
                              {"rate", rate},
                              {"decay", decay},
                              {"clip", clip},
-                             {"config",
-                              {{"vocab_size", config.vocab_size()},
-                               {"hidden_size", config.hidden_size()},
-                               {"num_hidden_layers", config.num_hidden_layers()},
-                               {"num_attention_heads", config.num_attention_heads()},
-                               {"intermediate_size", config.intermediate_size()}}}});
+                             {"config", shape.python_config()}});
   }
   // With dropout the masks are drawn apart, so there is nothing to compare but the first loss without.
   if (drops) {
@@ -232,18 +235,11 @@ inline void measure_step(Session& session, Row& row, const EncoderCase& shape, c
   row.facts["saved bytes, floor"] = session.device.held_bytes(floor_loss);
   row.facts["saved bytes, ours"] = session.device.held_bytes([&] { return loss_of(adapted); });
   row.facts["saved bytes, plain"] = session.device.held_bytes([&] { return loss_of(plain_model); });
-  row.facts["step memory, floor"] = session.device.peak_bytes(floor);
-  row.facts["step memory, ours"] = session.device.peak_bytes([&] { ours(); });
-  row.facts["step memory, plain"] = session.device.peak_bytes([&] { plain(); });
   std::vector<Variant> variants{
       {"floor", floor}, {"plain", [plain] { plain(); }}, {"ours", [ours] { ours(); }}};
+  record_step_memory(session.device, variants, row);
   if (!session.quick) variants.push_back({"ours, composed", composed([ours] { ours(); })});
-  if (session.peer) {
-    row.facts["saved bytes, PEFT"] = reply.at("saved").get<double>();
-    row.facts["step memory, PEFT"] = reply.at("memory").get<double>();
-    variants.push_back({"PEFT floor", {}});
-    variants.push_back({"PEFT", {}});
-  }
+  if (session.peer) add_python(reply, variants, row);
   row.base = "floor";
   interleave(variants, session.budget, session.device, session.peer.get(), row);
   const auto tokens = static_cast<double>(shape.batch * shape.length);

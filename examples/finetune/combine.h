@@ -14,9 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "peft/io/atomic_file.h"
 #include "peft/io/config_json.h"
 #include "peft/io/peft_directory.h"
+#include "peft/io/staged_directory.h"
 #include "peft/model/combine.h"
 #include "skeleton.h"
 #include "task.h"

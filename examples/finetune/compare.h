@@ -20,6 +20,7 @@
 
 #include "learning_curves.h"
 #include "peft/io/atomic_file.h"
+#include "peft/io/staged_directory.h"
 #include "report.h"
 #include "result_row.h"
 #include "train.h"

@@ -16,6 +16,7 @@
 #include "combine.h"
 #include "compare.h"
 #include "ensemble.h"
+#include "kept_memory.h"
 #include "predict.h"
 #include "threads.h"
 #include "train.h"

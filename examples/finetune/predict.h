@@ -16,6 +16,7 @@
 #include "ensemble.h"
 #include "peft/io/atomic_file.h"
 #include "peft/io/safetensors.h"
+#include "peft/io/staged_directory.h"
 #include "peft/methods/multitask_prompt.h"
 #include "peft/model/merge.h"
 #include "peft/model/summary.h"

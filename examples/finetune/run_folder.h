@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "peft/io/atomic_file.h"
+#include "peft/io/staged_directory.h"
 #include "task.h"
 
 namespace finetune {

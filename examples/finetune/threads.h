@@ -12,22 +12,7 @@
 #include <string_view>
 #include <thread>
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 namespace finetune {
-
-/// Keeps the memory of one step for the next. glibc would give every large block back to the kernel, which
-/// then has to clear it again.
-inline void keep_freed_memory() {
-#ifdef __GLIBC__
-  constexpr int largest_threshold = 32 << 20;  // what glibc accepts
-  mallopt(M_MMAP_THRESHOLD, largest_threshold);
-  mallopt(M_TRIM_THRESHOLD, 2'000'000'000);
-  mallopt(M_TOP_PAD, 64 << 20);
-#endif
-}
 
 namespace internal {
 

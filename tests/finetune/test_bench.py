@@ -1,10 +1,11 @@
 """peft-bench at sizes that prove nothing but that it works: its rows, its files, its words for wrong input.
 
-    PEFT_BENCH=build/examples/peft-bench python3 tests/finetune/test_bench.py
+    PEFT_BENCH=build/examples/peft-bench python3 tests/finetune/test_bench.py [PATTERN]
 
 Needs Python's own library only. Nothing here looks at a time: a busy machine must not fail a test.
 """
 
+import functools
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import xml.dom.minidom
+
+from run_tests import check, run_tests, tests_of
 
 PROGRAM = os.environ.get("PEFT_BENCH")
 
@@ -34,11 +37,6 @@ def bad(*arguments):
     done = run(*arguments)
     check(done.returncode != 0, f"{arguments} must be refused")
     return done.stderr + done.stdout
-
-
-def check(condition, what):
-    if not condition:
-        raise AssertionError(what)
 
 
 def measured(root, *arguments):
@@ -125,19 +123,8 @@ def main():
     if not PROGRAM or not os.access(PROGRAM, os.X_OK):
         print("skipped: PEFT_BENCH names no program")
         return 77
-    failures = 0
-    tests = [(name, test) for name, test in globals().items() if name.startswith("test_")]
     with tempfile.TemporaryDirectory() as root:
-        for name, test in tests:
-            try:
-                test(root)
-                result = "ok"
-            except Exception as error:  # the next test is independent of this one
-                failures += 1
-                result = f"FAILED: {type(error).__name__}: {error}"
-            print(f"{name}: {result}", flush=True)
-    print(f"{len(tests)} tests, {failures} failures")
-    return 1 if failures else 0
+        return run_tests([(name, functools.partial(test, root)) for name, test in tests_of(globals())], at_once=1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ PATTERN: only the tests whose name holds it. Needs Python's own library only.
 """
 
 import csv
+import functools
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import time
 import xml.dom.minidom
 
 import tiny_model as tiny
+from run_tests import check, run_tests, tests_of
 
 
 class Place:
@@ -45,11 +47,6 @@ class Place:
     def log(self, name):
         with open(f"{self.root}/{name}.jsonl", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
-
-
-def check(condition, what):
-    if not condition:
-        raise AssertionError(what)
 
 
 def near(a, b, tolerance, what):
@@ -416,25 +413,10 @@ def test_help(place):
 
 
 def main():
-    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
     tiny.program()
-    failures, count = 0, 0
     with tempfile.TemporaryDirectory() as root:
         place = Place(root)
-        for name, test in list(globals().items()):
-            if not name.startswith("test_") or pattern not in name:
-                continue
-            count += 1
-            start = time.monotonic()
-            try:
-                test(place)
-                result = "ok"
-            except Exception as error:  # the next test is independent of this one
-                failures += 1
-                result = f"FAILED: {type(error).__name__}: {error}"
-            print(f"{name} ({time.monotonic() - start:.1f} s): {result}", flush=True)
-    print(f"{count} tests, {failures} failures")
-    return 1 if failures or not count else 0
+        return run_tests([(name, functools.partial(test, place)) for name, test in tests_of(globals())], at_once=1)
 
 
 if __name__ == "__main__":

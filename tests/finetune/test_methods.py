@@ -6,16 +6,16 @@ merged it computes the same again.
 The methods are those the program names itself. Needs Python's own library only.
 """
 
-import concurrent.futures
+import functools
 import json
 import os
 import re
 import sys
 import tempfile
-import time
 import xml.dom.minidom
 
 import tiny_model as tiny
+from run_tests import check, run_tests, tests_of
 
 # Keys without a default.
 KEYS = {"multitask_prompt": "virtual_tokens=4,rank=2", "trainable_tokens": "indices=[5,6,7]", "rand_uniform": "count=300", "hifi": "heads=1",
@@ -62,11 +62,6 @@ class Place:
     def log(self, path):
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
-
-
-def check(condition, what):
-    if not condition:
-        raise AssertionError(what)
 
 
 def logits(place, name, *arguments):
@@ -159,30 +154,12 @@ def test_compare_shows_ranks(place):
 
 
 def main():
-    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
     tiny.program()
-    failures = 0
     with tempfile.TemporaryDirectory() as root:
         place = Place(root)
-        jobs = [(name, lambda name=name: test_method(place, name)) for name in methods(place) + VARIANTS]
-        jobs += [(name, lambda test=test: test(place)) for name, test in list(globals().items())
-                 if name.startswith("test_") and test is not test_method]
-        jobs = [job for job in jobs if pattern in job[0]]
-
-        def run(job):
-            start = time.monotonic()
-            try:
-                job[1]()
-                return f"{job[0]} ({time.monotonic() - start:.1f} s): ok"
-            except Exception as error:  # the next test is independent of this one
-                return f"{job[0]}: FAILED: {type(error).__name__}: {error}"
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for result in pool.map(run, jobs):
-                failures += "FAILED" in result
-                print(result, flush=True)
-    print(f"{len(jobs)} tests, {failures} failures")
-    return 1 if failures or not jobs else 0
+        jobs = [(name, functools.partial(test_method, place, name)) for name in methods(place) + VARIANTS]
+        jobs += [(name, functools.partial(test, place)) for name, test in tests_of(globals()) if test is not test_method]
+        return run_tests(jobs)
 
 
 if __name__ == "__main__":

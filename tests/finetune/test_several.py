@@ -7,7 +7,7 @@ PATTERN: only the tests whose name holds it. Needs Python's own library only.
 """
 
 import collections
-import concurrent.futures
+import functools
 import json
 import os
 import re
@@ -18,6 +18,7 @@ import tempfile
 import time
 
 import tiny_model as tiny
+from run_tests import check, run_tests, tests_of
 
 
 class Place:
@@ -55,11 +56,6 @@ class Place:
         with open(out, encoding="utf-8") as file:
             rows = [line.split("\t") for line in file.read().splitlines()[1:]]
         return [(row[0], float(row[1])) for row in rows], done.stderr
-
-
-def check(condition, what):
-    if not condition:
-        raise AssertionError(what)
 
 
 def tensors(folder, name="adapter_model.safetensors"):
@@ -259,28 +255,15 @@ def test_compare_with_fusion(place):
 
 
 def main():
-    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
     tiny.program()
-    failures = 0
     with tempfile.TemporaryDirectory() as root:
-        jobs = [(name, test) for name, test in list(globals().items()) if name.startswith("test_") and pattern in name]
 
-        def run(job):
-            start = time.monotonic()
-            try:
-                folder = f"{root}/{job[0]}"
-                os.makedirs(folder)
-                job[1](Place(folder))
-                return f"{job[0]} ({time.monotonic() - start:.1f} s): ok"
-            except Exception as error:  # the next test is independent of this one
-                return f"{job[0]}: FAILED: {type(error).__name__}: {error}"
+        def in_folder(name, test):
+            folder = f"{root}/{name}"
+            os.makedirs(folder)
+            test(Place(folder))
 
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for result in pool.map(run, jobs):
-                failures += "FAILED" in result
-                print(result, flush=True)
-    print(f"{len(jobs)} tests, {failures} failures")
-    return 1 if failures or not jobs else 0
+        return run_tests([(name, functools.partial(in_folder, name, test)) for name, test in tests_of(globals())])
 
 
 if __name__ == "__main__":

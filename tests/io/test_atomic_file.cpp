@@ -1,8 +1,11 @@
 #include "catch.h"
 #include "peft/io/atomic_file.h"
+#include "peft/io/staged_directory.h"
 #include "temporary_folder.h"
 
 #include <string>
+#include <string_view>
+#include <vector>
 
 #if PEFT_HAS_POSIX_FILES
 #include <sys/resource.h>
@@ -32,6 +35,23 @@ TEST_CASE("An atomic file appears under its name at the commit", "[atomic_file]"
   CHECK(folder.count() == 1);
   CHECK_THROWS_WITH(file.write("x"), Contains("must not be written after its commit"));
   CHECK_THROWS_WITH(file.commit(), Contains("must not be committed twice"));
+}
+
+TEST_CASE("Many parts are written one after the other, empty ones too", "[atomic_file]") {
+  const TemporaryFolder folder;
+  AtomicFile file(folder / "a.txt");
+  file.write("head ");
+  std::vector<std::string> texts;
+  std::string all = "head ";
+  for (int i = 0; i < 2500; ++i) all += texts.emplace_back(i % 7 == 0 ? "" : std::to_string(i) + ",");
+  texts.push_back(std::string(300'000, 'x'));
+  file.write(std::vector<std::string_view>(texts.begin(), texts.end()));
+  file.write(std::vector<std::string_view>());
+  file.write(std::vector<std::string_view>{"", {}});
+  file.write("tail");
+  file.commit();
+  CHECK(read_bytes(folder / "a.txt") == all + texts.back() + "tail");
+  CHECK_THROWS_WITH(file.write(std::vector<std::string_view>{"x"}), Contains("after its commit"));
 }
 
 TEST_CASE("An atomic file without a commit leaves nothing and keeps the older file", "[atomic_file]") {

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -256,6 +257,68 @@ TEST_CASE("The low-rank node computes no gradient that nobody asked for", "[low_
   }
   torch::NoGradGuard no_grad;
   CHECK_FALSE(peft::internal::low_rank_linear(x, group)->front().requires_grad());
+}
+
+TEST_CASE("The order of a low-rank layer's products follows their cost, and changes no result",
+          "[low_rank_linear]") {
+  torch::manual_seed(12);
+  using peft::internal::LowRankShape;
+  using peft::internal::ProductOrder;
+  const auto order = [](int64_t tokens, int64_t in, int64_t out, int64_t rank, bool learns, bool mergeable) {
+    const auto chosen = ProductOrder::cheapest(LowRankShape{tokens, in, out, rank, learns, mergeable});
+    return std::array{chosen.merged_forward, chosen.merged_backward, chosen.through_weight};
+  };
+  CHECK(order(1024, 768, 768, 8, true, true) == std::array{false, false, false});
+  CHECK(order(1536, 768, 3072, 8, true, true) == std::array{true, false, false});
+  CHECK(order(1536, 3072, 768, 8, true, true) == std::array{false, true, false});
+  CHECK(order(1536, 768, 3072, 8, false, true) == std::array{true, false, false});
+  CHECK(order(4096, 768, 768, 8, true, false) == std::array{false, false, false});
+  CHECK(order(8192, 768, 768, 512, true, false) == std::array{false, false, true});
+
+  const auto few = layer(6, 4, 2, true, true), many = layer(6, 100, 2, false, false),
+             full = layer(5, 4, 5, true, false);
+  const Layers both{few, layer(6, 3, 1, true, false)}, mixed_orders{few, many};
+  CHECK(error(trained({40, 6}), {few}) < 1e-11);
+  CHECK(error(random({40, 6}), {few}) < 1e-11);
+  CHECK(error(trained({40, 6}), both) < 1e-11);
+  CHECK(error(trained({40, 6}), mixed_orders) < 1e-11);
+  CHECK(error(trained({200, 5}), {full}) < 1e-11);
+  CHECK(error(random({200, 5}), {full}) < 1e-11);
+  // One output of two used, after memory was kept from a larger layer.
+  const auto x = trained({40, 6});
+  const auto inputs = leaves(x, both);
+  for (size_t k = 0; k < 2; ++k) {
+    const auto ours = torch::autograd::grad({(*peft::internal::low_rank_linear(x, both))[k].square().sum()},
+                                            inputs, {}, false, false, /*allow_unused=*/true);
+    const auto theirs =
+        torch::autograd::grad({composed(x, both)[k].square().sum()}, inputs, {}, false, false, true);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      REQUIRE(ours[i].defined() == theirs[i].defined());
+      if (ours[i].defined()) CHECK(largest(ours[i], theirs[i]) < 1e-11);
+    }
+  }
+  torch::NoGradGuard no_grad;
+  const auto outputs = *peft::internal::low_rank_linear(x, mixed_orders),
+             expected = composed(x, mixed_orders);
+  for (size_t k = 0; k < 2; ++k) CHECK(largest(outputs[k], expected[k]) < 1e-12);
+}
+
+TEST_CASE("A report prints the order of products once for every shape, on request", "[low_rank_linear]") {
+  torch::manual_seed(13);
+  std::ostringstream text;
+  const Layers one{layer(6, 4, 2, true, false)};
+  {
+    const peft::ProductOrderReport report(text);
+    for (int i = 0; i < 2; ++i) peft::internal::low_rank_linear(trained({5, 6}), one);
+    peft::internal::low_rank_linear(trained({2, 20, 6}), one);
+    const torch::NoGradGuard no_grad;
+    peft::internal::low_rank_linear(random({5, 6}), one);
+  }
+  peft::internal::low_rank_linear(trained({7, 6}), one);
+  CHECK(text.str() ==
+        "5 tokens, 6 -> 4, rank 2, training: y += h B', dx += z A; dA = z' x, dB = g' h\n"
+        "40 tokens, 6 -> 4, rank 2, training: y = x (W + s B A)', dx = g (W + s B A); dA = z' x, dB = g' h\n"
+        "5 tokens, 6 -> 4, rank 2, evaluation: y += h B'\n");
 }
 
 TEST_CASE("The low-rank node notices tensors that changed and a second backward", "[low_rank_linear]") {

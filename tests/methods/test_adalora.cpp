@@ -327,6 +327,107 @@ TEST_CASE("An optimizer that leaves AdaLoRA's controller out is noticed at the s
   CHECK_NOTHROW(net->loss());
 }
 
+TEST_CASE("Importances and their means give the same bits at every level of vector instructions",
+          "[adalora]") {
+  using peft::internal::CpuLevel;
+  torch::manual_seed(11);
+  const int64_t count = GENERATE(1, 7, 16, 31, 33, 40000), columns = GENERATE(1, 3, 8, 12);
+  std::vector<Tensor> start;
+  for (int i = 0; i < 4; ++i) {
+    start.push_back(torch::randn({count * columns + 1}).narrow(0, 1, count * columns));  // unaligned
+  }
+  for (int i = 2; i < 4; ++i) start[i].abs_();
+  std::vector<std::vector<Tensor>> results;
+  for (const auto level : {CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512}) {
+    const peft::internal::CpuLevelGuard guard(level);
+    results.emplace_back();
+    auto& x = results.back();
+    for (const auto& tensor : start) x.push_back(tensor.clone());
+    x.push_back(torch::ones({columns}));
+    const auto at = [&x](size_t i) { return x[i].data_ptr<float>(); };
+    const peft::internal::ImportanceConstants<float> constants({0.8, 0.7}, 0.3);
+    for (int step = 0; step < 3; ++step) {
+      peft::internal::smooth_importance(peft::internal::cpu_level(), at(0), at(1), at(2), at(3),
+                                        count * columns, constants);
+    }
+    std::vector<float> memory;
+    peft::internal::add_product_means(peft::internal::cpu_level(), at(2), at(3), count * columns, columns,
+                                      at(4), memory);
+  }
+  for (size_t level = 1; level < results.size(); ++level) {
+    for (size_t i = 2; i < 5; ++i) CHECK(torch::equal(results[level][i], results[0][i]));
+  }
+  std::vector<Tensor> exact;
+  for (const auto& tensor : start) exact.push_back(tensor.to(torch::kDouble));
+  for (int step = 0; step < 3; ++step) {
+    peft::internal::smooth_importance(exact[0], exact[1], exact[2], exact[3], {0.8, 0.7},
+                                      torch::scalar_tensor(0.3, torch::kDouble));
+  }
+  exact.push_back((exact[2] * exact[3]).view({count, columns}).mean(0) + 1);
+  for (size_t i = 2; i < 5; ++i)
+    CHECK(torch::allclose(results[0][i].to(torch::kDouble), exact[i], 1e-5, 1e-6));
+}
+
+TEST_CASE("The orthogonality penalty's gradient is autograd's, at every level of vector instructions",
+          "[adalora]") {
+  using peft::internal::CpuLevel;
+  torch::manual_seed(12);
+  const int64_t rank = GENERATE(1, 3, 8, 12, 17, 33), length = GENERATE(1, 5, 40, 300);
+  const bool transposed = GENERATE(false, true);
+  const auto scale = GENERATE(0.02, 1.0);
+  std::vector<Tensor> matrices, start, exact;
+  for (int i = 0; i < 3; ++i) {
+    matrices.push_back(torch::randn(transposed ? std::vector{length, rank} : std::vector{rank, length}) *
+                       scale);
+    start.push_back(torch::randn_like(matrices.back()));
+  }
+  // One layout that has no loop, and one matrix that is orthogonal, where there is no gradient.
+  matrices[1] = matrices[1].t().contiguous().t();
+  if (rank <= length) {
+    matrices[2].zero_();
+    matrices[2].diagonal().fill_(1);
+  }
+  for (size_t i = 0; i < 3; ++i) {
+    const auto leaf = matrices[i].to(torch::kDouble).set_requires_grad(true);
+    const auto P = transposed ? leaf.t() : leaf;
+    const auto penalty = torch::norm(P.matmul(P.t()) - torch::eye(rank, torch::kDouble)) * 0.3;
+    exact.push_back(start[i].to(torch::kDouble) + torch::autograd::grad({penalty}, {leaf}).front());
+  }
+  torch::NoGradGuard no_grad;
+  for (const auto level : {CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512}) {
+    const peft::internal::CpuLevelGuard guard(level);
+    std::vector<Tensor> gradients;
+    for (const auto& tensor : start) gradients.push_back(tensor.clone());
+    peft::internal::add_orthogonality_gradients(matrices, gradients, transposed, 0.3);
+    for (size_t i = 0; i < 3; ++i) {
+      CHECK((gradients[i].to(torch::kDouble) - exact[i]).abs().max().item<double>() <= 2e-6);
+    }
+  }
+}
+
+TEST_CASE("The scores of AdaLoRA's ranks do not depend on whether an update makes them", "[adalora]") {
+  const auto type = GENERATE(torch::kFloat64, torch::kFloat32);
+  Net net;
+  const auto adapter = adapt(*net);
+  net->to(type);
+  peft::internal::AdaLoraImportance importance(adapter.layers<peft::AdaLoraImpl>());
+  for (auto& parameter : adapter.parameters())
+    parameter.mutable_grad() = fill(parameter.sizes().vec(), 5).to(type);
+  torch::NoGradGuard no_grad;
+  const peft::StepContext context{torch::scalar_tensor(0.5, torch::kDouble),
+                                  [](const Tensor& tensor) { return tensor.size(-1) != 1; }};
+  for (int step = 0; step < 3; ++step) {
+    const auto scores = importance.update({0.85, 0.85}, context, /*scored=*/true),
+               again = importance.scores();
+    REQUIRE(scores.size() == again.size());
+    for (size_t i = 0; i < scores.size(); ++i) {
+      CHECK(scores[i].abs().sum().item<double>() > 0);
+      CHECK(torch::allclose(scores[i], again[i], type == torch::kFloat64 ? 1e-14 : 1e-6, 0));
+    }
+  }
+  CHECK(importance.update({0.85, 0.85}, context, /*scored=*/false).empty());
+}
+
 TEST_CASE("AdaLoRA's options out of range are listed with name and value", "[adalora]") {
   Net net;
   const auto add = [&](const AdaLoraOptions& given) { peft::add_adapter(*net, given, peft::all()); };

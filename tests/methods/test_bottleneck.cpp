@@ -1,8 +1,10 @@
 #include <cmath>
 
 #include "bottleneck_values.h"
+#include "fast_case.h"
 #include "models/tiny_bert.h"
 #include "peft/core/conv1d.h"
+#include "peft/kernels/bottleneck_node.h"
 #include "peft/methods/layer_norm_tuning.h"
 #include "peft/methods/lora.h"
 #include "peft/models/gpt2.h"
@@ -113,6 +115,129 @@ TEST_CASE("Bottlenecks keep the promises of a method on layers", "[bottleneck]")
   check_properties(layer<peft::Embedding>("Embedding", torch::tensor({{0, 3, 4}, {2, 2, 6}}), 7, 5),
                    bottleneck(options));
   check_properties(layer<peft::Conv1D>("Conv1D", x, 6, 6), bottleneck(smooth().parallel(true)));
+}
+
+TEST_CASE("Bottlenecks give in fast forms what they give in plain ones", "[bottleneck]") {
+  torch::manual_seed(6);
+  const auto type = torch::kFloat64;
+  const auto x = torch::randn({3, 5, 6}, type).requires_grad_(GENERATE(true, false));
+  const auto same = [&](auto& site) { return fast_error(site, x) < 1e-11; };
+  const auto options = BottleneckOptions(4).scaling(0.7).init_weights(BottleneckInit::houlsby);
+  const auto by_node = [&](auto& site) { return run_on(site, x).grad_fn()->name() == "BottleneckBackward"; };
+  SECTION("on layers, with every activation, in both modes") {
+    for (const auto& [name, function] : peft::activation_functions()) {
+      INFO(name);
+      const bool smooth = peft::internal::smooth_function(name).has_value();
+      for (const bool parallel : {false, true}) {
+        peft::Linear site(6, 6);
+        site->to(type);
+        shake(peft::add_adapter(*site, BottleneckOptions(options).non_linearity(name).parallel(parallel),
+                                peft::all()));
+        CHECK(by_node(site) == smooth);
+        CHECK(same(site));
+        site->eval();
+        CHECK(same(site));
+      }
+    }
+  }
+  SECTION("at joins, with every part") {
+    auto all = variants();
+    all.push_back(options);
+    all.push_back(BottleneckOptions(options).residual(BottleneckResidual::input));
+    all.push_back(BottleneckOptions(options).original_ln_before(true));
+    all.push_back(BottleneckOptions(options).original_ln_before(true).original_ln_after(false).residual(
+        BottleneckResidual::sum));
+    all.push_back(BottleneckOptions(options).parallel(true).original_ln_after(false));
+    for (const auto& one : all) {
+      peft::Residual norm{nn::LayerNormOptions({6})};
+      norm->to(type);
+      Block block;
+      block->to(type);
+      peft::BareResidual bare{peft::ResidualOptions(6)};
+      bare->set_surroundings(type, torch::kCPU);
+      shake(peft::add_adapter(*norm, one, peft::all()));
+      shake(peft::add_adapter(*block, one, peft::named({"join"})));
+      shake(peft::add_adapter(*bare, one, peft::all()));
+      CHECK(same(norm));
+      CHECK(same(block));
+      CHECK(same(bare));
+    }
+  }
+  SECTION("with dropout, which is composed in training") {
+    for (const auto& dropped :
+         {BottleneckOptions(options).dropout(0.3), BottleneckOptions(options).hidden_dropout(0.3),
+          BottleneckOptions(options).stochastic_depth(0.3)}) {
+      peft::Linear site(6, 6);
+      site->to(type);
+      shake(peft::add_adapter(*site, dropped, peft::all()));
+      site->train();
+      CHECK_FALSE(by_node(site));
+      CHECK(same(site));
+      site->eval();
+      CHECK(by_node(site));
+      CHECK(same(site));
+    }
+  }
+  SECTION("with some tensors frozen, and several on one layer") {
+    peft::Linear site(6, 6);
+    site->to(type);
+    const auto adapter = peft::add_adapter(*site, options, peft::all(), "one");
+    shake(adapter);
+    for (auto& [name, tensor] : adapter.named_parameters()) {
+      tensor.set_requires_grad(false);
+      CHECK(same(site));
+    }
+    shake(peft::add_adapter(*site, BottleneckOptions(options).parallel(true), peft::all(), "two"));
+    peft::set_active(*site, {"one", "two"});
+    CHECK(same(site));
+    site->base->weight.set_requires_grad(true);
+    CHECK(same(site));
+  }
+  SECTION("on a base in half precision, which is composed") {
+    peft::Linear site(6, 6);
+    site->to(torch::kBFloat16);
+    shake(peft::add_adapter(*site, options, peft::all()));
+    const auto half = x.detach().to(torch::kBFloat16).requires_grad_();
+    CHECK_FALSE(site->forward(half).grad_fn()->name() == "BottleneckBackward");
+    CHECK(fast_error(site, half, /*twice=*/false) == 0);
+  }
+}
+
+TEST_CASE("Bottlenecks train alike in fast and in plain forms", "[bottleneck]") {
+  for (const char* name : {"relu", "gelu"}) {
+    const auto options =
+        BottleneckOptions(6).non_linearity(name).scaling(2).init_weights(BottleneckInit::mam_adapter);
+    CHECK(training_error(options, torch::kFloat64) < 1e-12);
+    CHECK(training_error(options, torch::kFloat32) < 5e-5);
+  }
+}
+
+TEST_CASE("The bottleneck node notices tensors that changed and a second backward", "[bottleneck]") {
+  torch::manual_seed(7);
+  const auto h = torch::randn({3, 6}), r = torch::randn({3, 6});
+  const auto trained = [](at::IntArrayRef shape) { return torch::randn(shape).requires_grad_(); };
+  const peft::internal::BottleneckTensors tensors{trained({2, 6}), trained({2}), trained({6, 2}),
+                                                  trained({6})};
+  const auto loss = [&] {
+    return peft::internal::bottleneck(h, r, tensors, 1, *peft::internal::smooth_function("tanh"))->sum();
+  };
+  for (const auto& tensor : {h, tensors.down, tensors.up}) {
+    const auto before = loss();
+    {
+      torch::NoGradGuard no_grad;
+      Tensor(tensor).add_(1);
+    }
+    CHECK_THROWS_WITH(before.backward(), Contains("modified by an inplace operation"));
+  }
+  const auto twice = loss();
+  twice.backward({}, /*retain_graph=*/true);
+  CHECK_NOTHROW(twice.backward());
+  CHECK_THROWS_WITH(twice.backward(), Contains("backward through the graph a second time"));
+  const auto outer =
+      peft::internal::bottleneck(h.narrow(1, 0, 5), r, tensors, 1, *peft::internal::smooth_function("tanh"));
+  CHECK_FALSE(outer);
+  const torch::NoGradGuard no_grad;
+  CHECK_FALSE(loss().requires_grad());
 }
 
 TEST_CASE("On a layer a bottleneck follows the output or stands beside it", "[bottleneck]") {

@@ -1,4 +1,9 @@
+#include <ATen/record_function.h>
+
+#include "fast_case.h"
+#include "peft/core/conv1d.h"
 #include "peft/methods/dora.h"
+#include "peft/methods/ia3.h"
 #include "peft/model/reparametrized.h"
 #include "reference_case.h"
 
@@ -217,6 +222,191 @@ TEST_CASE("DoRA works on a layer that runs on weights alone", "[dora]") {
   for (const auto& tensor : adapter.parameters()) CHECK(tensor.grad().defined());
   peft::merge(*lstm);
   CHECK(largest(run().detach(), adapted.detach()) < 1e-12);
+}
+
+TEST_CASE("DoRA gives in fast forms what it gives in plain ones", "[dora]") {
+  torch::manual_seed(4);
+  const auto type = torch::kFloat64;
+  const auto x = torch::randn({2, 70, 6}, type).requires_grad_(GENERATE(true, false));
+  const auto same = [&](auto& site) { return fast_error(site, x) < 1e-11; };
+  const auto by_node = [&](auto& site) {
+    return site->forward(x).grad_fn()->name() == "ScaledColumnsBackward";
+  };
+  peft::Linear site(6, 9);
+  site->to(type);
+  SECTION("with any start, dropped or not, at any strength, in both modes") {
+    for (const auto init : {LoraInit::random, LoraInit::pissa, LoraInit::loftq}) {
+      for (const double dropout : {0.0, 0.4}) {
+        auto adapter = peft::add_adapter(
+            *site, DoraOptions(LoraOptions(3).alpha(5).init(init).dropout(dropout)), peft::all());
+        shake(adapter);
+        site->train();
+        CHECK(same(site));
+        const bool composed = init == LoraInit::loftq || (init == LoraInit::pissa && dropout > 0);
+        CHECK(by_node(site) != composed);
+        adapter.scale(0.3);
+        CHECK(same(site));
+        site->eval();
+        CHECK(same(site));
+        peft::merge(*site);
+        CHECK(same(site));
+        peft::unmerge(*site);
+        CHECK(same(site));
+        peft::remove_adapter(*site, "default");
+      }
+    }
+  }
+  SECTION("with some tensors frozen") {
+    const auto adapter = peft::add_adapter(*site, DoraOptions(LoraOptions(2)), peft::all());
+    shake(adapter);
+    const auto piece = adapter.layers<peft::DoraImpl>().at(0);
+    piece->lora_magnitude_vector.set_requires_grad(false);
+    CHECK(same(site));
+    CHECK_FALSE(by_node(site));  // nothing to sum
+    piece->lora->lora_A.set_requires_grad(false);
+    piece->lora_magnitude_vector.set_requires_grad(true);
+    CHECK(same(site));
+    CHECK(by_node(site));
+  }
+  SECTION("with a trained weight or bias") {
+    shake(peft::add_adapter(*site, DoraOptions(LoraOptions(2)), peft::all()));
+    site->base->bias.set_requires_grad(true);
+    CHECK(same(site));
+    CHECK_FALSE(by_node(site));
+    site->base->weight.set_requires_grad(true);
+    CHECK(same(site));
+  }
+  SECTION("several on one layer, and other methods under it") {
+    shake(peft::add_adapter(*site, DoraOptions(LoraOptions(2)), peft::all(), "one"));
+    shake(peft::add_adapter(*site, DoraOptions(LoraOptions(3)), peft::all(), "two"));
+    CHECK(same(site));
+    peft::set_active(*site, {"two"});
+    CHECK(same(site));
+    shake(peft::add_adapter(*site, peft::Ia3Options(), peft::all(), "three"));
+    peft::set_active(*site, {"three", "one"});
+    CHECK(same(site));
+  }
+  SECTION("on a layer that is stored the other way, of stacked projections, without a bias") {
+    peft::Conv1D turned(6, 9);
+    turned->to(type);
+    shake(peft::add_adapter(*turned, DoraOptions(LoraOptions(2)), peft::all()));
+    CHECK(same(turned));
+    CHECK(by_node(turned));
+    shake(peft::add_adapter(*site, DoraOptions(LoraOptions(2).enable({true, false, true})), peft::all()));
+    CHECK(same(site));
+    CHECK(by_node(site));
+    peft::Linear bare(nn::LinearOptions(6, 9).bias(false));
+    bare->to(type);
+    shake(peft::add_adapter(*bare, DoraOptions(LoraOptions(2)), peft::all()));
+    CHECK(same(bare));
+    CHECK(by_node(bare));
+  }
+}
+
+TEST_CASE("DoRA trains alike in fast and in plain forms", "[dora]") {
+  for (const double dropout : {0.0, 0.2}) {
+    const DoraOptions options(LoraOptions(4).alpha(8).dropout(dropout));
+    CHECK(training_error(options, torch::kFloat64) < 1e-12);
+    CHECK(training_error(options, torch::kFloat32) < 5e-5);
+  }
+}
+
+TEST_CASE("DoRA runs in a half-precision base's type, close to float32", "[dora]") {
+  torch::manual_seed(6);
+  peft::Linear site(32, 24);
+  site->to(torch::kBFloat16);
+  shake(peft::add_adapter(*site, DoraOptions(4), peft::all()));
+  const auto x = torch::randn({5, 32}, torch::kBFloat16).requires_grad_();
+  CHECK(site->forward(x).scalar_type() == torch::kBFloat16);
+  CHECK(fast_error(site, x, /*twice=*/false) < 0.03);
+}
+
+namespace {
+
+/// How many matrix products a forward makes.
+template <class Site>
+int products(Site& site, const Tensor& x) {
+  static thread_local int count = 0;
+  count = 0;
+  const auto note = [](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+    const std::string name = function.name();
+    if (name == "aten::mm" || name == "aten::addmm" || name == "aten::addmm_") ++count;
+    return nullptr;
+  };
+  const auto handle = at::addThreadLocalCallback(at::RecordFunctionCallback(note));
+  static_cast<void>(site->forward(x));
+  at::removeCallback(handle);
+  return count;
+}
+
+}  // namespace
+
+TEST_CASE("DoRA measures its rows anew only when they changed", "[dora]") {
+  torch::manual_seed(7);
+  const bool turned = GENERATE(false, true);
+  const auto run = [](auto site, auto other) {
+    shake(peft::add_adapter(*site, DoraOptions(2), peft::all()));
+    auto adapter = peft::adapter(*site, "default");
+    const auto piece = adapter.template layers<peft::DoraImpl>().at(0);
+    const auto x = torch::randn({3, 6});
+    const auto again = [&] {
+      const auto first = products(site, x), second = products(site, x);
+      CHECK(fast_error(site, x, false) < 1e-5);
+      return first > second;
+    };
+    CHECK(again());
+    CHECK_FALSE(again());
+    torch::NoGradGuard no_grad;
+    piece->lora_magnitude_vector.mul_(2);
+    CHECK_FALSE(again());
+    piece->lora->lora_A.mul_(1.5);
+    CHECK(again());
+    piece->lora->lora_B.set_data(torch::randn_like(piece->lora->lora_B));
+    CHECK(again());
+    adapter.scale(0.5);
+    CHECK(again());
+    adapter.scale(0.5);
+    CHECK_FALSE(again());
+    site->base->weight.mul_(0.7);
+    CHECK(again());
+    site->base->weight.set_data(other->base->weight);
+    CHECK(again());
+    const auto copy = std::dynamic_pointer_cast<typename decltype(site)::Impl>(site->clone());
+    copy->base->weight.mul_(3);
+    CHECK(fast_error(copy, x, false) < 1e-5);
+    CHECK_FALSE(again());
+    site->to(torch::kFloat64);
+    CHECK(fast_error(site, x.to(torch::kFloat64), false) < 1e-12);
+    peft::AdamW optimizer(adapter, torch::optim::AdamWOptions(0.1));
+    {
+      const torch::AutoGradMode with_history(true);
+      site->forward(x.to(torch::kFloat64)).square().sum().backward();
+    }
+    optimizer.step();
+    CHECK(fast_error(site, x.to(torch::kFloat64), false) < 1e-12);
+  };
+  if (turned) {
+    run(peft::Conv1D(6, 4), peft::Conv1D(6, 4));
+  } else {
+    run(peft::Linear(6, 4), peft::Linear(6, 4));
+  }
+}
+
+TEST_CASE("DoRA runs in inference mode before and after training", "[dora]") {
+  torch::manual_seed(8);
+  peft::Linear site(6, 4);
+  shake(peft::add_adapter(*site, DoraOptions(2), peft::all()));
+  const auto x = torch::randn({3, 6});
+  Tensor y;
+  {
+    const c10::InferenceMode inference;
+    y = site->forward(x).clone();
+  }
+  const auto trained = site->forward(x);
+  CHECK(largest(trained.detach(), y) < 1e-6);
+  CHECK_NOTHROW(trained.sum().backward());
+  const c10::InferenceMode inference;
+  CHECK(largest(site->forward(x), y) < 1e-6);
 }
 
 TEST_CASE("DoRA is not part of a batch of mixed adapters", "[dora]") {

@@ -164,8 +164,30 @@ TEST_CASE("Merging takes new values as they are and copies those that belong to 
     CHECK(net->first->base->weight.data_ptr() == memory);
   }
   const auto piece = low.layers<peft::LoraImpl>().front();
-  CHECK(torch::allclose(piece->with_delta(weight, *net->first->base_view()),
+  CHECK(torch::allclose(piece->with_delta(weight, *net->first->base_view()).sum,
                         weight + piece->delta(*net->first->base_view()), 1e-6, 1e-7));
+}
+
+TEST_CASE("Merging without the originals gives the same weights, and nothing where one does not fit",
+          "[merge]") {
+  const torch::NoGradGuard no_grad;
+  torch::manual_seed(1);
+  Net net;
+  add(net, "a");
+  const auto before = net->first->base->weight.clone();
+  peft::merge(*net);
+  const auto first = net->first->base->weight.clone(), second = net->second->base->weight.clone();
+  peft::unmerge(*net);
+  Tensor last = net->second->base->weight;
+  const auto value = last[5][5].item<double>();
+  last[5][5] = std::numeric_limits<double>::infinity();
+  CHECK_THROWS_WITH(peft::merge(*net, /*keep=*/false), Contains("'second'") && Contains("NaN or infinity"));
+  CHECK(torch::equal(net->first->base->weight, before));
+  last[5][5] = value;
+  peft::merge(*net, /*keep=*/false);
+  CHECK(torch::equal(net->first->base->weight, first));
+  CHECK(torch::equal(net->second->base->weight, second));
+  CHECK_THROWS_WITH(peft::unmerge(*net), Contains("were not kept"));
 }
 
 TEST_CASE("Weights whose sum is too large are merged all the same, NaN and infinity are not", "[merge]") {

@@ -1,5 +1,6 @@
 #include "catch.h"
 #include "io/temporary_folder.h"
+#include "models/pretrained_folder.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/dora.h"
 #include "peft/methods/ia3.h"
@@ -19,10 +20,15 @@
 #include <vector>
 
 using namespace peft::models;
+using peft_test::complaint;
+using peft_test::difference;
+using peft_test::Json;
+using peft_test::noting;
 using peft_test::TemporaryFolder;
+using peft_test::Tensors;
+using peft_test::tensors_of;
 using peft_test::write_bytes;
 using torch::Tensor;
-using Json = nlohmann::ordered_json;
 
 namespace {
 
@@ -85,14 +91,6 @@ GPT2Inputs batch() {
   return inputs;
 }
 
-using Tensors = std::map<std::string, Tensor>;
-
-Tensors tensors_of(const torch::nn::Module& model) {
-  Tensors tensors;
-  for (const auto& item : model.named_parameters())
-    tensors.emplace(item.key(), item.value().detach().clone());
-  return tensors;
-}
 /// As transformers saves a tied model: once.
 Tensors file_of(const torch::nn::Module& model) {
   auto tensors = tensors_of(model);
@@ -102,28 +100,7 @@ Tensors file_of(const torch::nn::Module& model) {
 
 void write_model(const std::filesystem::path& folder, const Tensors& tensors,
                  const Json& config = tiny_json()) {
-  std::filesystem::create_directories(folder);
-  peft::save_safetensors(folder / "model.safetensors", tensors);
-  write_bytes(folder / "config.json", config.dump());
-}
-
-double difference(const Tensor& a, const Tensor& b) {
-  return (a.to(torch::kFloat64).reshape(-1) - b.to(torch::kFloat64).reshape(-1)).abs().max().item<double>();
-}
-
-/// What a call complains of, or an empty string.
-template <class Call>
-std::string complaint(const Call& call) {
-  try {
-    call();
-    return {};
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-}
-
-PretrainedOptions noting(std::vector<std::string>& notes) {
-  return PretrainedOptions().note([&notes](const std::string& line) { notes.push_back(line); });
+  peft_test::write_pretrained(folder, tensors, config);
 }
 
 /// The logits of a text given in pieces, each with the cache of those before.

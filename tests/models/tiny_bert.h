@@ -1,24 +1,18 @@
 // A tiny BERT with weights from a formula, and its folder, for the tests of models/.
 #pragma once
 
-#include "io/temporary_folder.h"
-#include "peft/io/safetensors.h"
+#include "models/pretrained_folder.h"
 #include "peft/models/bert.h"
 
 #include <filesystem>
 #include <functional>
-#include <map>
 #include <string>
-#include <vector>
 
 namespace peft_test {
 
 using peft::models::BertConfig;
 using peft::models::BertForSequenceClassification;
 using peft::models::BertInputs;
-using peft::models::PretrainedOptions;
-using torch::Tensor;
-using Json = nlohmann::ordered_json;
 
 inline BertConfig tiny() {
   return BertConfig()
@@ -75,20 +69,9 @@ inline BertInputs batch() {
   return inputs;
 }
 
-using Tensors = std::map<std::string, Tensor>;
-
-inline Tensors tensors_of(const torch::nn::Module& model) {
-  Tensors tensors;
-  for (const auto& item : model.named_parameters())
-    tensors.emplace(item.key(), item.value().detach().clone());
-  return tensors;
-}
-
 inline void write_model(const std::filesystem::path& folder, const Tensors& tensors,
                         const Json& config = tiny_json()) {
-  std::filesystem::create_directories(folder);
-  peft::save_safetensors(folder / "model.safetensors", tensors);
-  write_bytes(folder / "config.json", config.dump());
+  write_pretrained(folder, tensors, config);
 }
 
 inline Tensors renamed(const Tensors& tensors, const std::function<std::string(std::string)>& rename) {
@@ -99,25 +82,6 @@ inline Tensors renamed(const Tensors& tensors, const std::function<std::string(s
 
 inline std::string without(std::string text, const std::string& prefix) {
   return text.starts_with(prefix) ? text.substr(prefix.size()) : text;
-}
-
-inline double difference(const Tensor& a, const Tensor& b) {
-  return (a.to(torch::kFloat64).reshape(-1) - b.to(torch::kFloat64).reshape(-1)).abs().max().item<double>();
-}
-
-/// What a call complains of, or an empty string.
-template <class Call>
-std::string complaint(const Call& call) {
-  try {
-    call();
-    return {};
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-}
-
-inline PretrainedOptions noting(std::vector<std::string>& notes) {
-  return PretrainedOptions().note([&notes](const std::string& line) { notes.push_back(line); });
 }
 
 }  // namespace peft_test

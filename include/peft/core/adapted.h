@@ -1,8 +1,6 @@
 // Adapted: a frozen layer that carries adapters; a drop-in for the layer where it carries none.
 #pragma once
 
-#include <ATen/Context.h>
-
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "peft/core/problems.h"
+#include "peft/core/random_state.h"
 #include "peft/core/weight_site.h"
 
 namespace peft {
@@ -82,10 +81,8 @@ class BaseView final : public LayerView {
 template <class Layer>
 Layer cloned_layer(const Layer& base) {
   // A layer's clone() draws its weights before it copies them; the generator must not notice.
-  auto generator = at::globalContext().defaultGenerator(torch::kCPU);
-  const auto drawn = generator.get_state();
+  const RandomStateGuard kept;
   Layer layer(std::dynamic_pointer_cast<typename Layer::ContainedType>(base->clone()));
-  generator.set_state(drawn);
   const auto from = base->named_parameters();
   auto into = layer->named_parameters();
   for (const auto& item : from) into[item.key()].set_requires_grad(item.value().requires_grad());

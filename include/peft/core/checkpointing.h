@@ -1,7 +1,6 @@
 // Checkpointing: runs a part of a model without keeping what its backward needs, and again in backward.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -9,132 +8,27 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
-#include <array>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
-#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "peft/core/activation.h"
 #include "peft/core/compat.h"
+#include "peft/core/forward_state.h"
 #include "peft/core/input.h"
 #include "peft/core/problems.h"
+#include "peft/core/random_state.h"
 
 namespace peft {
 namespace internal {
-
-/// Where the random number generators stand that a computation may draw from: the CPU's, and those of the
-/// GPUs its inputs are on.
-class RandomState {
- public:
-  explicit RandomState(const std::vector<Tensor>& inputs) {
-    add(torch::kCPU);
-    for (const auto& input : inputs) {
-      if (input.defined() && input.is_cuda()) add(input.device());
-    }
-  }
-  /// The same generators now.
-  RandomState now() const {
-    auto result = *this;
-    for (auto& [device, state] : result.states_) state = state_of(device);
-    return result;
-  }
-  void restore() const {
-    for (const auto& [device, state] : states_) {
-      auto generator = at::globalContext().defaultGenerator(device);
-      const std::lock_guard<std::mutex> lock(generator.mutex());
-      generator.set_state(state);
-    }
-  }
-  friend bool operator==(const RandomState& a, const RandomState& b) {
-    return std::equal(a.states_.begin(), a.states_.end(), b.states_.begin(), b.states_.end(),
-                      [](const auto& x, const auto& y) {
-                        const auto &own = x.second, &other = y.second;  // bytes on the CPU
-                        return x.first == y.first && own.nbytes() == other.nbytes() &&
-                               std::memcmp(own.data_ptr(), other.data_ptr(), own.nbytes()) == 0;
-                      });
-  }
-
- private:
-  void add(torch::Device device) {
-    const bool known = std::any_of(states_.begin(), states_.end(),
-                                   [device](const auto& state) { return state.first == device; });
-    if (!known) states_.emplace_back(device, state_of(device));
-  }
-  static Tensor state_of(torch::Device device) {
-    auto generator = at::globalContext().defaultGenerator(device);
-    const std::lock_guard<std::mutex> lock(generator.mutex());
-    return generator.get_state();
-  }
-
-  std::vector<std::pair<torch::Device, Tensor>> states_;
-};
-
-/// Autocast as it was where this was made.
-class AutocastState {
- public:
-  AutocastState() {
-    for (auto& [device, enabled, dtype] : kinds_) {
-      enabled = set_autocast(device, true);
-      set_autocast(device, enabled);
-      dtype = set_autocast_dtype(device, torch::kBFloat16);
-      set_autocast_dtype(device, dtype);
-    }
-  }
-  void set() const {
-    for (const auto& [device, enabled, dtype] : kinds_) {
-      set_autocast(device, enabled);
-      set_autocast_dtype(device, dtype);
-    }
-  }
-
- private:
-  struct Kind {
-    torch::DeviceType device;
-    bool enabled;
-    torch::ScalarType dtype;
-  };
-  std::array<Kind, 2> kinds_{Kind{torch::kCPU, false, torch::kBFloat16},
-                             Kind{torch::kCUDA, false, torch::kBFloat16}};
-};
-
-/// Autocast as it was, while this lives, and no cache of the weights it casts: they would carry the history
-/// of one run into another.
-class AutocastGuard {
- public:
-  explicit AutocastGuard(const AutocastState& state) : cached_(at::autocast::is_autocast_cache_enabled()) {
-    at::autocast::set_autocast_cache_enabled(false);
-    state.set();
-  }
-  ~AutocastGuard() {
-    before_.set();
-    at::autocast::set_autocast_cache_enabled(cached_);
-  }
-  AutocastGuard(const AutocastGuard&) = delete;
-  AutocastGuard& operator=(const AutocastGuard&) = delete;
-
- private:
-  AutocastState before_;
-  bool cached_;
-};
-
-/// Which rows and tasks a thread's forwards are for.
-struct RowState {
-  std::optional<std::vector<std::string>> adapters;
-  Tensor tasks = TaskIds::current();
-  RowState() {
-    if (const auto* names = RowAdapters::current()) adapters = *names;
-  }
-};
 
 /// The trainable tensors, other than `inputs`, that a gradient of `outputs` reaches. Throws where a tensor
 /// with a history from before `first` is reached, which nobody could hand its gradient to.
@@ -310,11 +204,7 @@ class CheckpointNode final : public torch::autograd::Node {
     std::optional<TaskIds> tasks;
     if (rows_.tasks.defined()) tasks.emplace(rows_.tasks);
 
-    const auto drawn = before_.now();
-    struct Restore {
-      const RandomState& state;
-      ~Restore() { state.restore(); }
-    } const restore{drawn};
+    const RandomStateGuard drawn(before_.now());
     before_.restore();
     const ForwardScope scope(scope_);
     const AutocastGuard autocast(autocast_);

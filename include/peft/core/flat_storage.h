@@ -1,6 +1,7 @@
 // FlatStorage: trainable tensors and their gradients as views of few contiguous buffers.
 #pragma once
 
+#include <c10/util/DimVector.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -61,7 +62,7 @@ class FlatStorage {
     lay_out(first, segments_, places_);
     for (size_t i = first; i < tensors_.size(); ++i) {
       move_in(i);
-      slices_[i].mark = slices_[i].gradient._version();
+      slices_[i].mark = slices_[i].version();
     }
   }
 
@@ -75,13 +76,17 @@ class FlatStorage {
   /// was written to since `zero_gradients` counts as none. Throws: c10::Error if a tensor has changed its
   /// shape or its gradient is sparse; nothing is changed then.
   const std::vector<char>& gather() {
+    if (in_place()) {
+      for (size_t i = 0; i < tensors_.size(); ++i) defined_[i] = slices_[i].is_written();
+      return defined_;
+    }
     torch::NoGradGuard no_grad;
     gather_values();
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const Tensor& gradient = gradient_of(tensors_[i]);
       auto& slice = slices_[i].gradient;
       if (gradient.is_same(slice)) {
-        defined_[i] = version(slice) != slices_[i].mark;
+        defined_[i] = slices_[i].is_written();
       } else if (!gradient.defined()) {
         defined_[i] = false;
       } else {
@@ -126,13 +131,15 @@ class FlatStorage {
   /// undefined.
   void zero_gradients() {
     torch::NoGradGuard no_grad;
-    gather_values();
-    for (auto& segment : segments_) segment.gradients.zero_();
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      auto& slice = slices_[i];
-      if (!gradient_of(tensors_[i]).is_same(slice.gradient)) tensors_[i].mutable_grad() = slice.gradient;
-      slice.mark = version(slice.gradient);
+    if (!in_place()) {
+      gather_values();
+      for (size_t i = 0; i < tensors_.size(); ++i) {
+        const auto& gradient = slices_[i].gradient;
+        if (!gradient_of(tensors_[i]).is_same(gradient)) tensors_[i].mutable_grad() = gradient;
+      }
     }
+    for (auto& slice : slices_) slice.mark = slice.version();
+    for (auto& segment : segments_) segment.gradients.zero_();
   }
 
   /// Undefines the gradients that are allocated but untouched, for whoever looks at them next.
@@ -143,20 +150,41 @@ class FlatStorage {
     }
   }
 
-  /// Tells autograd that a tensor's values were written to through its segment.
-  void mark_written(size_t index) { torch::autograd::impl::bump_version(tensors_[index]); }
+  /// Tells autograd that the values of all tensors with a gradient are written to through their segments.
+  void mark_written() {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (defined_[i]) tensors_[i].unsafeGetTensorImpl()->bump_version();
+    }
+  }
 
  private:
+  // What is looked at in every step lies here side by side: with many tensors their own memory is far apart.
   struct Slice {
     Tensor value, gradient;
-    void* address = nullptr;  ///< the value's
-    int64_t mark = 0;         ///< the gradient's version when it was cleared
+    c10::DimVector sizes;
+    void* address = nullptr;          ///< the value's
+    c10::VariableVersion versions{};  ///< the gradient's
+    int64_t mark = 0;                 ///< its version when it was cleared
+
+    int64_t version() const { return static_cast<int64_t>(versions.current_version()); }
+    bool is_written() const { return version() != mark; }
   };
 
-  // Without the ways through the dispatcher and the checks for leaves: these run for every tensor and step.
+  // Without the way through the dispatcher and the checks for leaves.
   static const Tensor& gradient_of(const Tensor& tensor) { return tensor.unsafeGetTensorImpl()->grad(); }
-  static int64_t version(const Tensor& tensor) {
-    return static_cast<int64_t>(tensor.unsafeGetTensorImpl()->version_counter().current_version());
+
+  bool has_value_in_place(size_t i) const {
+    const Tensor& tensor = tensors_[i];
+    const Slice& slice = slices_[i];
+    return tensor.data_ptr() == slice.address && tensor.is_contiguous() &&
+           tensor.sizes() == c10::IntArrayRef(slice.sizes);
+  }
+  /// True if nothing was replaced.
+  bool in_place() const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (!gradient_of(tensors_[i]).is_same(slices_[i].gradient) || !has_value_in_place(i)) return false;
+    }
+    return true;
   }
 
   const Segment& segment_of(size_t index) const { return segments_[places_[index].segment]; }
@@ -170,10 +198,7 @@ class FlatStorage {
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const Tensor& tensor = tensors_[i];
       const Slice& slice = slices_[i];
-      if (tensor.data_ptr() != slice.address || !tensor.is_contiguous() ||
-          tensor.sizes() != slice.value.sizes()) {
-        moved.push_back(i);
-      }
+      if (!has_value_in_place(i)) moved.push_back(i);
       const Tensor& gradient = gradient_of(tensor);
       TORCH_CHECK(
           gradient.is_same(slice.gradient) || !gradient.defined() || !gradient.is_sparse(),
@@ -230,6 +255,9 @@ class FlatStorage {
     slice.address = slice.value.data_ptr();
     // variable_data() gives each gradient a version of its own; as views of the buffer all would share one.
     slice.gradient = view(segment_of(i).gradients, i).variable_data();
+    slice.versions = slice.gradient.unsafeGetTensorImpl()->version_counter();
+    const auto sizes = slice.value.sizes();
+    slice.sizes.assign(sizes.begin(), sizes.end());
     slice.value.copy_(tensors_[i]);
     tensors_[i].set_data(slice.value);
   }
@@ -248,7 +276,7 @@ class FlatStorage {
       move_in(i);
       if (first_time) continue;
       const auto& old = old_slices[i];
-      if (tensors_[i].grad().is_same(old.gradient) && old.gradient._version() == old.mark) {
+      if (tensors_[i].grad().is_same(old.gradient) && !old.is_written()) {
         tensors_[i].mutable_grad() = Tensor();
       }
       for (size_t c = 0; c < columns_; ++c) {

@@ -49,6 +49,8 @@ class ResidualPieceImpl : public ActivationPieceImpl {
   }
   /// The block.
   virtual Result run(const Entry&) = 0;
+  /// Its output alone, where nobody wants what it made: a method may have a cheaper way.
+  virtual Tensor output(const Entry& entry) { return run(entry).output; }
   /// The join of the last piece; by default norm(output + skip).
   virtual Tensor join(const Tensor& output, const Tensor& skip, const JoinNorm& norm) {
     return norm.forward(output + skip);
@@ -104,7 +106,8 @@ inline std::string join_refusal(const PieceTree& tree) {
 /// block itself does, as AdapterHub has it: an adapter with the model's norm before it sees that norm twice.
 class Join {
  public:
-  Join(const JoinNorm& norm, std::string path) : norm_(norm), path_(std::move(path)) {}
+  Join(const JoinNorm& norm, std::string path, const PieceTree& tree)
+      : norm_(norm), path_(std::move(path)), fuses_(tree.holds(Composition::Block::fuse)) {}
 
   /// norm(output + skip) under the pieces, joined by the last.
   Tensor run(const PieceTree& tree, const Tensor& output, const Tensor& skip) const {
@@ -153,7 +156,8 @@ class Join {
     }
     return state;
   }
-  static State after(ResidualPieceImpl& piece, const ResidualPieceImpl::Entry& entry) {
+  State after(ResidualPieceImpl& piece, const ResidualPieceImpl::Entry& entry) const {
+    if (!fuses_) return {piece.output(entry), {}, &piece};
     auto [output, made] = piece.run(entry);
     return {std::move(output), std::move(made), &piece};
   }
@@ -216,6 +220,7 @@ class Join {
 
   const JoinNorm& norm_;
   std::string path_;
+  bool fuses_;
 };
 
 }  // namespace internal
@@ -247,7 +252,7 @@ class ResidualImpl : public LayerSite<nn::LayerNorm, ResidualImpl> {
     return route({output, skip},
                  [this](const Flow& in, const PieceTree& tree) -> Flow {
                    const Norm norm(*this, on_norm(tree));
-                   return {internal::Join(norm, path()).run(tree, in[0], in[1])};
+                   return {internal::Join(norm, path(), tree).run(tree, in[0], in[1])};
                  })
         .front();
   }
@@ -312,7 +317,7 @@ class BareResidualImpl : public internal::ActivationSite<BareResidualImpl> {
   Tensor forward(const Tensor& output, const Tensor& skip) {
     return route({output, skip},
                  [this](const Flow& in, const PieceTree& tree) -> Flow {
-                   return {internal::Join(NoNorm(), path()).run(tree, in[0], in[1])};
+                   return {internal::Join(NoNorm(), path(), tree).run(tree, in[0], in[1])};
                  })
         .front();
   }

@@ -2,64 +2,23 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
+#include <cstdint>
 #include <map>
 #include <memory>
-#include <numeric>
-#include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "peft/core/activation.h"
+#include "peft/core/attached.h"
 #include "peft/core/compat.h"
 #include "peft/core/piece.h"
 #include "peft/core/piece_tree.h"
 #include "peft/core/problems.h"
+#include "peft/core/row_groups.h"
 #include "peft/core/site_traits.h"
 
 namespace peft {
-
-/// What the files say of the model an adapter belongs to.
-struct ModelDescription {
-  std::string task_type;     ///< Hugging Face PEFT's: "SEQ_CLS", "FEATURE_EXTRACTION", …; empty: none
-  std::string name_or_path;  ///< where the base came from; empty: unknown
-  std::string model_type;    ///< Hugging Face's: "bert", …; empty: unknown
-};
-
-/// A model that can say what it is. Our own models are; yours may be.
-class Described {
- public:
-  virtual ~Described() = default;
-  virtual ModelDescription describe() const = 0;
-};
-
-/// Where a piece was asked for: the declarative half of a target, for the config on disk.
-struct Origin {
-  std::vector<std::string> names;  ///< last path segments or whole paths; empty with a pattern or a predicate
-  std::string pattern;             ///< regular expression for the whole path
-  std::vector<std::string> exclude;  ///< names
-  std::vector<int64_t> layers;       ///< layers_to_transform
-  std::vector<std::string> layers_pattern;
-};
-
-class Controller;
-
-/// What all pieces of one adapter share.
-struct AdapterRecord {
-  std::string name;
-  ModelDescription model;
-  std::vector<std::shared_ptr<Controller>> controllers;  ///< of the methods that have one
-  bool has_optimizer = false;
-};
-
-/// One piece on a site, with where it came from.
-struct Attached {
-  std::shared_ptr<PieceImpl> piece;
-  std::shared_ptr<const Origin> origin;
-  std::shared_ptr<AdapterRecord> record;
-};
 
 /// A place where adapters attach. Derived sites say what they offer (`base_info`) and run `chain` in their
 /// forward.
@@ -81,11 +40,8 @@ class SiteImpl : public nn::Module {
  public:
   using nn::Module::Module;
 
-  /// Tensors on their way through a site, each with the batch in dimension 0. One that is undefined, or has
-  /// one row where others have more, serves every row.
-  using Flow = std::vector<Tensor>;
-  /// Makes the i-th tensor for rows whose pieces gave none, where those of other rows did.
-  using Missing = std::function<Tensor(size_t i, const Flow& rows)>;
+  using Flow = internal::Flow;
+  using Missing = internal::Missing;
 
   /// What the site is, without its path.
   virtual SiteInfo base_info() const = 0;
@@ -343,7 +299,7 @@ class SiteImpl : public nn::Module {
   Flow route(const Flow& in, const Run& run, const Missing& missing = {}) const {
     const auto* names = RowAdapters::current();
     TORCH_CHECK(!names || !is_merged(), "RowAdapters: '", path_, "' is merged (hint: unmerge first)");
-    if (names) return run_groups(in, groups_of(*names, in), run, missing);
+    if (names) return run_groups(in, named_groups(*names, in), run, missing);
     const auto active = active_tree();
     const auto& tree = active ? *active : no_pieces();
     if (!tree.by_rows()) return run(in, tree);
@@ -351,17 +307,8 @@ class SiteImpl : public nn::Module {
                 "Parallel: '", path_, "' got a batch that its model has not repeated for ",
                 ForwardScope::active(activation_)->composition.branches(),
                 " adapters (hint: a model asks a site for branches() in its forward)");
-    std::set<int64_t> starts;
-    const auto batch = rows(in);
-    cut(tree, 0, batch, starts);
-    std::vector<Group> groups;
-    for (auto start = starts.begin(); start != starts.end() && *start < batch; ++start) {
-      const auto end = std::next(start) == starts.end() ? batch : *std::next(start);
-      std::vector<int64_t> members(static_cast<size_t>(end - *start));
-      std::iota(members.begin(), members.end(), *start);
-      groups.push_back({std::move(members), of_row(tree, 0, batch, *start)});
-    }
-    return run_groups(in, groups, run, missing);
+    return run_groups(in, internal::RowDivision(tree, internal::batch_size(in), path_).groups(), run,
+                      missing);
   }
 
   struct Slot {
@@ -389,20 +336,8 @@ class SiteImpl : public nn::Module {
     return one ? words : nullptr;
   }
 
-  /// Rows of a batch that use the same pieces.
-  struct Group {
-    std::vector<int64_t> rows;
-    PieceTree tree;
-  };
-
-  static int64_t rows(const Flow& in) {
-    int64_t batch = 1;
-    for (const auto& tensor : in) batch = tensor.defined() ? std::max(batch, tensor.size(0)) : batch;
-    return batch;
-  }
-
   /// Of `RowAdapters`.
-  std::vector<Group> groups_of(const std::vector<std::string>& names, const Flow& in) const {
+  std::vector<internal::RowGroup> named_groups(const std::vector<std::string>& names, const Flow& in) const {
     TORCH_CHECK(!is_training(), "RowAdapters: mixed batches are for inference, but '", path_,
                 "' is in training mode");
     const auto set = ForwardScope::active(activation_);
@@ -415,100 +350,22 @@ class SiteImpl : public nn::Module {
       touched = touched || acts(names[i]);
     }
     if (!touched || !set->enabled) return {};
-    const auto batch = rows(in);
+    const auto batch = internal::batch_size(in);
     TORCH_CHECK_VALUE(batch == static_cast<int64_t>(names.size()), "RowAdapters: '", path_, "' expected ",
                       names.size(), " rows, one a name, but got ", batch);
-    std::vector<Group> groups;
+    std::vector<internal::RowGroup> groups;
     for (auto& [name, own] : members) groups.push_back({std::move(own), resolve(name)});
     return groups;
   }
 
-  /// Rows of each child of a block that divides `count` rows.
-  std::vector<int64_t> row_counts(const PieceTree& tree, int64_t count) const {
-    const auto children = static_cast<int64_t>(tree.children.size());
-    if (tree.block == Composition::Block::parallel) {
-      TORCH_CHECK_VALUE(count % children == 0, "Parallel: '", path_, "' expected a multiple of ", children,
-                        " rows, but got ", count);
-      return std::vector<int64_t>(tree.children.size(), count / children);
-    }
-    const auto total = std::accumulate(tree.lengths.begin(), tree.lengths.end(), int64_t{0});
-    TORCH_CHECK_VALUE(total == count, "BatchSplit: sizes must be those of the batch, ", count,
-                      " rows, but got ", internal::shape_text(tree.lengths), " at '", path_, "'");
-    return tree.lengths;
-  }
-  /// Where rows begin that use other pieces than the row before.
-  void cut(const PieceTree& tree, int64_t first, int64_t count, std::set<int64_t>& starts) const {
-    starts.insert(first);
-    if (!tree.divides_rows()) {
-      for (const auto& child : tree.children) cut(child, first, count, starts);
-      return;
-    }
-    const auto counts = row_counts(tree, count);
-    for (size_t i = 0; i < counts.size(); ++i) {
-      cut(tree.children[i], first, counts[i], starts);
-      first += counts[i];
-    }
-  }
-  /// The tree of one row.
-  PieceTree of_row(const PieceTree& tree, int64_t first, int64_t count, int64_t row) const {
-    auto result = tree;
-    if (!tree.divides_rows()) {
-      for (auto& child : result.children) child = of_row(child, first, count, row);
-      return result;
-    }
-    const auto counts = row_counts(tree, count);
-    size_t i = 0;
-    for (; row >= first + counts[i]; ++i) first += counts[i];
-    result.children = {of_row(tree.children[i], first, counts[i], row)};
-    return result;
-  }
-
   /// Runs each group on its rows; without groups, all rows without pieces.
   template <class Run>
-  Flow run_groups(const Flow& in, const std::vector<Group>& groups, const Run& run,
+  Flow run_groups(const Flow& in, const std::vector<internal::RowGroup>& groups, const Run& run,
                   const Missing& missing) const {
     if (groups.empty()) return run(in, no_pieces());
-    const auto batch = rows(in);
-    std::vector<int64_t> order;
     std::vector<Flow> parts;
-    for (const auto& group : groups) {
-      const auto& own = group.rows;
-      const auto count = static_cast<int64_t>(own.size());
-      const bool is_range = own.back() - own.front() + 1 == count;
-      Flow part = in;
-      for (auto& tensor : part) {
-        if (!tensor.defined() || tensor.size(0) != batch) continue;
-        tensor = is_range ? tensor.narrow(0, own.front(), count)
-                          : tensor.index_select(0, torch::tensor(own, torch::kLong).to(tensor.device()));
-      }
-      parts.push_back(run(part, group.tree));
-      order.insert(order.end(), own.begin(), own.end());
-    }
-    Flow result(parts.front().size());
-    for (size_t i = 0; i < result.size(); ++i) {
-      const auto made =
-          std::find_if(parts.begin(), parts.end(), [i](const Flow& part) { return part[i].defined(); });
-      if (made == parts.end()) continue;
-      const auto like = (*made)[i];
-      std::vector<Tensor> pieces;
-      for (size_t g = 0; g < groups.size(); ++g) {
-        auto shape = like.sizes().vec();
-        shape[0] = static_cast<int64_t>(groups[g].rows.size());
-        auto part = parts[g][i];
-        if (!part.defined() && missing) part = missing(i, parts[g]);
-        if (!part.defined()) part = torch::zeros(shape, like.options());
-        TORCH_CHECK_VALUE(part.sizes().slice(1) == like.sizes().slice(1), "'", path_,
-                          "': the adapters of these rows make tensors of different lengths, ",
-                          internal::shape_text(like.sizes()), " and ", internal::shape_text(part.sizes()));
-        // One row that a group shares serves every row of it.
-        pieces.push_back(part.expand(shape));
-      }
-      result[i] = torch::cat(pieces);
-      if (std::is_sorted(order.begin(), order.end())) continue;
-      const auto places = torch::tensor(order, torch::kLong).argsort();
-      result[i] = result[i].index_select(0, places.to(like.device()));
-    }
-    return result;
+    for (const auto& group : groups) parts.push_back(run(internal::only_rows(in, group.rows), group.tree));
+    return internal::rejoined(parts, groups, missing, path_);
   }
 
   std::string path_;

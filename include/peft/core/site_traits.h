@@ -28,6 +28,7 @@ namespace peft {
 /// A layer's weights; `bias` is undefined where there is none.
 struct Weights {
   Tensor weight, bias;
+  bool finite = false;  ///< the weight is known to hold neither NaN nor infinity, so need not be looked at
 };
 
 /// What a method asks of a site.

@@ -18,6 +18,7 @@
 #include "peft/io/atomic_file.h"
 #include "peft/io/peft_directory.h"
 #include "peft/io/peft_targets.h"
+#include "peft/io/staged_directory.h"
 #include "peft/model/active.h"
 #include "peft/model/add_adapter.h"
 

@@ -14,6 +14,7 @@
 
 #include "peft/core/composition.h"
 #include "peft/io/adapterhub.h"
+#include "peft/io/staged_directory.h"
 #include "peft/methods/fusion.h"
 
 namespace peft {

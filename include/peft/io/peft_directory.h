@@ -19,6 +19,7 @@
 #include "peft/io/peft_targets.h"
 #include "peft/io/peft_tensors.h"
 #include "peft/io/safetensors.h"
+#include "peft/io/staged_directory.h"
 #include "peft/model/active.h"
 #include "peft/model/add_adapter.h"
 

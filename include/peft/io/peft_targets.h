@@ -4,6 +4,7 @@
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <regex>
 #include <set>
@@ -27,6 +28,9 @@ class ModuleFinder {
     Plan never_committed;
     for (auto& node : nodes_) {
       if (!node.site) become_site(node, never_committed);
+      infos_.push_back(node.site ? node.site->info() : SiteInfo());
+      const auto& info = infos_.back();
+      if (node.site && info.files.kind == FileNames::Kind::part) parts_[info.target()].push_back(info);
       paths_.push_back(node.path);
       const auto dot = node.path.rfind('.');
       if (dot != std::string::npos) paths_.push_back(node.path.substr(dot + 1));
@@ -44,20 +48,21 @@ class ModuleFinder {
     std::set<std::string> unmatched(config.target_names.begin(), config.target_names.end());
     const std::regex target(config.target_pattern), excluded(config.exclude_pattern);
     bool any = false;
-    for (const auto& node : nodes_) {
-      if (!config.own && node.site && node.site->info().files.kind != FileNames::Kind::layer) continue;
-      const bool matched = selects(config, node, target, unmatched);
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const auto& node = nodes_[i];
+      const auto& info = infos_[i];
+      if (!config.own && node.site && info.files.kind != FileNames::Kind::layer) continue;
+      const bool matched = selects(config, node, info, target, unmatched);
       any = any || matched;
       if (!matched || is_left_out(config, node.path, excluded)) continue;
-      if (const auto parts = parts_of(node.path); !parts.empty()) {
-        for (const auto& inner : parts) {
+      if (const auto parts = parts_.find(node.path); parts != parts_.end()) {
+        for (const auto& inner : parts->second) {
           const auto why = part.refusal(inner);
           if (why.empty()) sites.push_back(inner.path);
           if (!why.empty()) problems.add("'" + inner.path + "' cannot take the " + title + ": " + why);
         }
         continue;
       }
-      const auto info = node.site ? node.site->info() : SiteInfo();
       if (!node.site || !info.offers_to(part.needs)) {
         problems.add(std::string(config_file_name) + ": 'target_modules' means '" + node.path +
                      "', which is a " + (node.site ? info.layer : plain_name(node)) + " and takes no " +
@@ -88,9 +93,10 @@ class ModuleFinder {
         return config.own ? node.path == name : node.path.ends_with(name);
       };
       if (!std::any_of(config.modules_to_save.begin(), config.modules_to_save.end(), bears)) continue;
-      for (const auto& inner : nodes_) {
+      for (size_t i = 0; i < nodes_.size(); ++i) {
+        const auto& inner = nodes_[i];
         if (inner.path != node.path && inner.path.rfind(node.path + ".", 0) != 0) continue;
-        const bool weighs = inner.site && inner.site->info().offers_to(Needs::weights);
+        const bool weighs = inner.site && infos_[i].offers_to(Needs::weights);
         if (weighs && std::find(sites.begin(), sites.end(), inner.path) == sites.end())
           sites.push_back(inner.path);
         if (!inner.site && !covered(inner)) {
@@ -117,12 +123,14 @@ class ModuleFinder {
     const auto& named = config.bias_modules;
     const bool everywhere = config.bias == BiasMode::all;
     std::vector<std::string> sites;
-    for (const auto& node : nodes_) {
-      if (config.own ? !has(named, node.path) : !everywhere && !has(adapted, node.path)) continue;
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const auto& node = nodes_[i];
       if (!config.own && config.bias == BiasMode::none) continue;
+      if (config.own ? !has(named, node.path) : !everywhere && !has(adapted, node.path)) continue;
       if (has(saved, node.path)) continue;
-      if (!config.own && !is_named_bias(node)) continue;
-      if (node.site && node.site->info().has_bias()) {
+      // Python knows some sites' biases by another name than "bias", which its modes pass by.
+      if (!config.own && node.site && !has_own_bias(infos_[i])) continue;
+      if (node.site && infos_[i].has_bias()) {
         sites.push_back(node.path);
       } else if (everywhere && !node.site &&
                  node.module->named_parameters(/*recurse=*/false).contains("bias")) {
@@ -154,25 +162,13 @@ class ModuleFinder {
   }
 
  private:
-  /// True unless Python knows the site's bias by another name than "bias", which its modes pass by.
-  static bool is_named_bias(const Node& node) { return !node.site || has_own_bias(node.site->info()); }
-
-  /// The sites that are parts of one module.
-  std::vector<SiteInfo> parts_of(const std::string& path) const {
-    std::vector<SiteInfo> parts;
-    for (const auto& node : nodes_) {
-      if (!node.site || node.site->info().files.kind != FileNames::Kind::part) continue;
-      if (const auto info = node.site->info(); info.target() == path) parts.push_back(info);
-    }
-    return parts;
-  }
-
   /// True if every tensor that a module registers itself is a site's weight or bias.
   bool covered(const Node& node) const {
     std::set<const void*> held;
-    for (const auto& inner : nodes_) {
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const auto& inner = nodes_[i];
       if (!inner.site || inner.parent != node.module) continue;
-      if (inner.site->info().files.kind == FileNames::Kind::layer) continue;
+      if (infos_[i].files.kind == FileNames::Kind::layer) continue;
       const auto weights = inner.site->base_weights();
       for (const auto& tensor : {weights.weight, weights.bias}) held.insert(tensor.unsafeGetTensorImpl());
     }
@@ -182,13 +178,12 @@ class ModuleFinder {
   }
 
   /// Hugging Face's `check_target_module_exists`, without what it leaves out.
-  bool selects(const PeftConfig& config, const Node& node, const std::regex& target,
+  bool selects(const PeftConfig& config, const Node& node, const SiteInfo& info, const std::regex& target,
                std::set<std::string>& unmatched) const {
     const auto& path = node.path;
     if (path.empty()) return false;
     if (config.all_linear) {
-      const auto layer = node.site ? node.site->info().layer : "";
-      const bool linear = node.site ? layer == "Linear" || layer == "Conv1D"
+      const bool linear = node.site ? info.layer == "Linear" || info.layer == "Conv1D"
                                     : std::dynamic_pointer_cast<nn::LinearImpl>(node.module) != nullptr;
       const bool head =
           path == "lm_head" || (config.task_type == "SEQ_CLS" && (path == "classifier" || path == "score"));
@@ -225,6 +220,8 @@ class ModuleFinder {
   }
 
   std::vector<Node> nodes_;
+  std::vector<SiteInfo> infos_;                         ///< of the nodes that are sites
+  std::map<std::string, std::vector<SiteInfo>> parts_;  ///< by module: the sites that are parts of it
   std::vector<std::string> paths_;
 };
 

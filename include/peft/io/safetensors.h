@@ -283,11 +283,15 @@ inline void save_safetensors(const std::filesystem::path& path,
   AtomicFile file(path);
   const uint64_t length = header.size();
   file.write(&length, sizeof length);
-  file.write(header);
+  std::vector<std::string_view> parts{header};
   for (const auto& item : items) {
     const Tensor data = item.tensor->detach().resolve_neg().to(torch::kCPU).contiguous();
-    file.write(data.data_ptr(), data.nbytes());
+    parts.emplace_back(static_cast<const char*>(data.data_ptr()), data.nbytes());
+    if (data.is_alias_of(*item.tensor)) continue;
+    file.write(parts);  // before the copy goes
+    parts.clear();
   }
+  file.write(parts);
   file.commit();
 }
 

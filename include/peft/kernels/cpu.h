@@ -13,6 +13,13 @@
 #define PEFT_HAS_AVX 0
 #endif
 
+/// Before a loop of up to 16 known rounds: GCC would else, at -O2, keep an array of vectors in memory.
+#if defined(__GNUC__) && !defined(__clang__)
+#define PEFT_UNROLLED _Pragma("GCC unroll 16")
+#else
+#define PEFT_UNROLLED
+#endif
+
 namespace peft::internal {
 
 /// Vector instructions, each level with those before it.

@@ -1,9 +1,12 @@
-// Importance: the smoothed sensitivity of weights and its uncertainty, in one pass.
+// Importance: the smoothed sensitivity of weights and its uncertainty, in one pass, and means of their
+// products.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "peft/kernels/blocks.h"
 #include "peft/kernels/cpu.h"
@@ -88,7 +91,67 @@ void smooth_importance([[maybe_unused]] CpuLevel level, const T* p, const T* g, 
   importance_loop(p, g, s, u, count, c);
 }
 
-/// The same in tensor operations, for other types and devices. `scale`: a scalar; undefined means 1.
+/// sums[i mod `size`] ← sums[i mod `size`] + s[i] u[i]; `size`: a multiple of 16.
+template <class T>
+void add_products_loop(const T* s, const T* u, int64_t count, T* sums, int64_t size) {
+  for (int64_t i = 0; i < count; i += size) {
+    const int64_t round = std::min(size, count - i);
+    for (int64_t k = 0; k < round; ++k) sums[k] = std::fma(s[i + k], u[i + k], sums[k]);
+  }
+}
+
+#if PEFT_HAS_AVX
+__attribute__((target("avx2,fma"))) inline void add_products_avx2(const float* s, const float* u,
+                                                                  int64_t count, float* sums, int64_t size) {
+  int64_t i = 0;
+  for (; i + size <= count; i += size) {
+    for (int64_t k = 0; k < size; k += 8) {
+      _mm256_storeu_ps(sums + k, _mm256_fmadd_ps(_mm256_loadu_ps(s + i + k), _mm256_loadu_ps(u + i + k),
+                                                 _mm256_loadu_ps(sums + k)));
+    }
+  }
+  add_products_loop(s + i, u + i, count - i, sums, size);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void add_products_avx512(
+    const float* s, const float* u, int64_t count, float* sums, int64_t size) {
+  int64_t i = 0;
+  for (; i + size <= count; i += size) {
+    for (int64_t k = 0; k < size; k += 16) {
+      _mm512_storeu_ps(sums + k, _mm512_fmadd_ps(_mm512_loadu_ps(s + i + k), _mm512_loadu_ps(u + i + k),
+                                                 _mm512_loadu_ps(sums + k)));
+    }
+  }
+  add_products_loop(s + i, u + i, count - i, sums, size);
+}
+#endif
+
+/// Adds to means[k], k < `columns`, the mean of s u over column k of matrices of `count` elements, row by
+/// row. Many sums at a time, for speed and small roundings; the same at every level. `sums`: memory.
+template <class T>
+void add_product_means([[maybe_unused]] CpuLevel level, const T* s, const T* u, int64_t count,
+                       int64_t columns, T* means, std::vector<T>& sums) {
+  const int64_t size = columns * (columns < 4 ? 64 : 16);
+  sums.assign(static_cast<size_t>(size), 0);
+  const auto run = [&] {
+#if PEFT_HAS_AVX
+    if constexpr (std::is_same_v<T, float>) {
+      if (level == CpuLevel::avx512) return add_products_avx512(s, u, count, sums.data(), size);
+      if (level == CpuLevel::avx2) return add_products_avx2(s, u, count, sums.data(), size);
+    }
+#endif
+    add_products_loop(s, u, count, sums.data(), size);
+  };
+  run();
+  T* left = sums.data();
+  for (int64_t half = size / 2; half >= columns; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) left[k] += left[k + half];
+  }
+  for (int64_t k = 0; k < columns; ++k) means[k] += left[k] / static_cast<T>(count / columns);
+}
+
+/// `smooth_importance` in tensor operations, for other types and devices. `scale`: a scalar; undefined
+/// means 1.
 inline void smooth_importance(const Tensor& values, const Tensor& gradients, const Tensor& sensitivity,
                               const Tensor& uncertainty, const ImportanceSettings& settings,
                               const Tensor& scale) {

@@ -20,6 +20,9 @@
 #include "peft/core/compat.h"
 #include "peft/kernels/fast_paths.h"
 #include "peft/kernels/hash_dropout.h"
+#include "peft/kernels/product_order.h"
+#include "peft/kernels/thin_products.h"
+#include "peft/kernels/workspace.h"
 
 namespace peft {
 
@@ -61,13 +64,15 @@ class LowRankLinearNode final : public torch::autograd::Node {
  public:
   /// Runs the layers. Gives the outputs a history where a gradient can reach x or a factor.
   static Variables run(const Tensor& x, const std::vector<LowRankLinear>& layers) {
-    bool trains = x.requires_grad();
+    bool learns = false;
     for (const auto& [linear, term] : layers) {
-      for (const auto& factor : factors(term))
-        trains = trains || (factor.defined() && factor.requires_grad());
+      for (const auto& factor : factors(term)) {
+        learns = learns || (factor.defined() && factor.requires_grad());
+      }
     }
-    Forward forward(x, layers);
-    if (!trains || !torch::GradMode::is_enabled()) return std::move(forward.outputs);
+    const bool trains = torch::GradMode::is_enabled() && (learns || x.requires_grad());
+    Forward forward(x, layers, learns && trains);
+    if (!trains) return std::move(forward.outputs);
 
     auto node = make_node<LowRankLinearNode>();
     node->save(x, layers, forward);
@@ -125,6 +130,8 @@ class LowRankLinearNode final : public torch::autograd::Node {
     int64_t out = 0, rank = 0;
     double scale = 0;  ///< s / (1 − p)
     std::optional<HashDropout> dropout;
+    ProductOrder order;
+    bool needs_G() const { return score.defined() || order.through_weight; }
   };
   /// A layer in one backward.
   struct Part {
@@ -145,40 +152,55 @@ class LowRankLinearNode final : public torch::autograd::Node {
     return std::max<int64_t>(16, at::get_num_threads() * (int64_t{1} << 18) / bytes);
   }
 
-  /// (T, ranks), in memory as such or turned over, whichever the BLAS multiplies faster.
-  static Tensor empty_thin(int64_t T, int64_t ranks, const torch::TensorOptions& options, bool turned) {
-    return turned ? at::empty({ranks, T}, options).t() : at::empty({T, ranks}, options);
+  /// Bᵀ, copied so that its rows are contiguous where a kernel needs that, or many tokens pay for it.
+  static Tensor turned_B(const Tensor& B, int64_t T) {
+    return T >= 64 || has_thin_kernel(B, B.size(1)) ? B.t().contiguous() : B.t();
   }
-  /// MKL does always; OpenBLAS where the product is not deep.
-  static bool turns(const Tensor& x, int64_t depth) { return x.is_cpu() && (at::hasMKL() || depth <= 1024); }
-  /// Bᵀ, copied so that its rows are contiguous where the passes over many tokens pay for that.
-  static Tensor turned_B(const Tensor& B, int64_t T) { return T >= 64 ? B.t().contiguous() : B.t(); }
-  /// c ← scale · a bᵀ for a thin c, as it lies.
-  static void thin_product(Tensor c, const Tensor& a, const Tensor& b, double scale = 1) {
-    if (c.stride(0) == 1) {
-      c.t().addmm_(b, a.t(), 0, scale);
-    } else {
-      c.addmm_(a, b.t(), 0, scale);
-    }
+  /// Some of the columns of a matrix.
+  static Tensor columns(const Tensor& t, int64_t first, int64_t count) {
+    return count == t.size(1) ? t : t.narrow(1, first, count);
+  }
+  /// Some of the rows.
+  static Tensor rows(const Tensor& t, int64_t first, int64_t count) {
+    return count == t.size(0) ? t : t.narrow(0, first, count);
+  }
+
+  /// W + s B Ã, for use until the next is asked for.
+  static Tensor merged(const Tensor& W, const Tensor& B, const Tensor& A, double scale) {
+    const auto sum = workspace<Scratch::merged>(W.size(0), W.size(1), W);
+    Tensor(sum).copy_(W);
+    thin_update(sum, B, A, scale);
+    return sum;
+  }
+
+  static ProductOrder order_of(const Tensor& x, const LowRankLinear& layer, bool learns) {
+    if (!layer.term) return {};
+    const auto& W = layer.linear.weight;
+    const bool mergeable = layer.term->dropout == 0 && at::elementSize(x.scalar_type()) >= 4;
+    const LowRankShape shape{x.size(0), W.size(1), W.size(0), layer.term->A.size(0), learns, mergeable};
+    const auto order = ProductOrder::cheapest(shape);
+    ProductOrderReport::note(shape, order);
+    return order;
   }
 
   /// What runs forward, and what of it backward uses.
   struct Forward {
-    Forward(const Tensor& input, const std::vector<LowRankLinear>& layers) {
+    Forward(const Tensor& input, const std::vector<LowRankLinear>& layers, bool learns) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const auto x = input.reshape({-1, input.size(-1)});
-      std::vector<Tensor> rows;
-      for (const auto& [linear, term] : layers) {
-        const auto W = linear.weight.t();
-        outputs.push_back(linear.bias.defined() ? at::addmm(linear.bias, x, W) : at::mm(x, W));
+      std::vector<Tensor> factors;
+      bool beside = learns;
+      for (const auto& layer : layers) {
+        const auto& term = layer.term;
+        orders.push_back(order_of(x, layer, learns));
+        beside = beside || (term && !orders.back().merged_forward);
         const bool drops = term && term->dropout > 0;
         dropouts.push_back(drops ? std::optional(HashDropout::draw(term->dropout)) : std::nullopt);
-        if (term) rows.push_back(term->E.defined() ? at::mul(term->A, term->E) : term->A);
+        if (term) factors.push_back(term->E.defined() ? at::mul(term->A, term->E) : term->A);
       }
-      A = rows.size() == 1 ? rows.front() : at::cat(rows);
-      h = empty_thin(x.size(0), A.size(0), x.options(), turns(x, x.size(1)));
+      A = factors.size() == 1 ? factors.front() : at::cat(factors);
       B.resize(layers.size());
-      multiply(x, layers);
+      multiply(x, layers, beside);
       auto shape = input.sizes().vec();
       for (auto& y : outputs) {
         shape.back() = y.size(1);
@@ -188,39 +210,51 @@ class LowRankLinearNode final : public torch::autograd::Node {
 
     Variables outputs;
     std::vector<std::optional<HashDropout>> dropouts;
-    Tensor A, h;
+    std::vector<ProductOrder> orders;
+    Tensor A, h;            ///< h: undefined where nothing uses it
     std::vector<Tensor> B;  ///< turned over
 
    private:
-    void multiply(const Tensor& x, const std::vector<LowRankLinear>& layers) {
+    void multiply(const Tensor& x, const std::vector<LowRankLinear>& layers, bool beside) {
       const auto each = [&](const auto& use) {
         int64_t first = 0;
         for (size_t k = 0; k < layers.size(); ++k) {
-          if (!layers[k].term) continue;
-          const auto rank = layers[k].term->A.size(0);
+          const auto rank = layers[k].term ? layers[k].term->A.size(0) : 0;
           use(k, first, rank);
           first += rank;
         }
       };
+      each([&](size_t k, int64_t first, int64_t rank) {
+        const auto& [linear, term] = layers[k];
+        const auto W = orders[k].merged_forward
+                           ? merged(linear.weight, term->B, rows(A, first, rank), term->scale)
+                           : linear.weight;
+        outputs.push_back(linear.bias.defined() ? at::addmm(linear.bias, x, W.t()) : at::mm(x, W.t()));
+      });
+      if (!beside) return;
+      h = empty_thin(x.size(0), A.size(0), x.size(1), x);
       if (std::none_of(dropouts.begin(), dropouts.end(), [](const auto& d) { return d.has_value(); })) {
-        thin_product(h, x, A);
+        thin_inner(h, x, A);
       } else {
         const auto input = x.contiguous();
-        const auto T = x.size(0), rows = std::min(T, block_rows(x));
-        const auto dropped = at::empty({rows, x.size(1)}, x.options());
-        for (int64_t begin = 0; begin < T; begin += rows) {
-          const auto count = std::min(rows, T - begin);
+        const auto T = x.size(0), block = std::min(T, block_rows(x));
+        const auto dropped = workspace<Scratch::dropped>(block, x.size(1), x);
+        for (int64_t begin = 0; begin < T; begin += block) {
+          const auto count = std::min(block, T - begin);
           const auto from = input.narrow(0, begin, count), into = dropped.narrow(0, 0, count);
           each([&](size_t k, int64_t first, int64_t rank) {
+            if (rank == 0) return;
             dropouts[k]->mask(begin, from, into);
-            thin_product(h.narrow(0, begin, count).narrow(1, first, rank), into, A.narrow(0, first, rank));
+            thin_inner(columns(h.narrow(0, begin, count), first, rank), into, rows(A, first, rank));
           });
         }
       }
       each([&](size_t k, int64_t first, int64_t rank) {
+        if (rank == 0) return;
         const auto& term = *layers[k].term;
         B[k] = turned_B(term.B, x.size(0));
-        outputs[k].addmm_(h.narrow(1, first, rank), B[k], 1, term.scale / (1 - term.dropout));
+        if (orders[k].merged_forward) return;
+        thin_update(outputs[k], columns(h, first, rank), B[k], term.scale / (1 - term.dropout));
       });
     }
   };
@@ -250,6 +284,7 @@ class LowRankLinearNode final : public torch::autograd::Node {
         layer.rank = term->A.size(0);
         layer.scale = term->scale / (1 - term->dropout);
         layer.dropout = forward.dropouts[k];
+        layer.order = forward.orders[k];
       }
       layers_.push_back(std::move(layer));
     }
@@ -274,47 +309,59 @@ class LowRankLinearNode final : public torch::autograd::Node {
   void fast(const Tensor& input, std::vector<Part>& parts, Variables& result) const {
     const at::AutoDispatchBelowADInplaceOrView below;
     const bool wants_x = task_should_compute_output(0);
-    bool complete = true, drops = false, wants_A = false;
+    bool complete = true, drops = false, wants_A = false, merges = true;
     int64_t T = 0;
-    Tensor dx;
     for (auto& part : parts) {
+      merges = merges && (part.layer.rank == 0 || part.layer.order.merged_backward);
       complete = complete && part.g.defined();
       if (!part.g.defined()) continue;
       part.g = part.g.contiguous();
       T = part.g.size(0);
       drops = drops || part.layer.dropout;
-      wants_A = wants_A || (part.wants_A() && !part.layer.score.defined());
-      if (wants_x) dx = dx.defined() ? dx.addmm_(part.g, part.W) : at::mm(part.g, part.W);
+      wants_A = wants_A || (part.wants_A() && !part.layer.needs_G());
     }
+    Tensor dx;
+    int64_t rank_before = 0;
+    for (const auto& part : parts) {
+      const auto first = std::exchange(rank_before, rank_before + part.layer.rank);
+      if (!wants_x || !part.g.defined()) continue;
+      const auto W = merges && part.layer.rank
+                         ? merged(part.W, part.B, rows(A_, first, part.layer.rank), part.layer.scale)
+                         : part.W;
+      dx = dx.defined() ? dx.addmm_(part.g, W) : at::mm(part.g, W);
+    }
+    const bool adds = wants_x && !merges;
     const auto x = input.defined() ? input.reshape({T, shape_.back()}) : Tensor();
     const auto ranks = A_.size(0);
     auto dA = wants_A ? at::zeros_like(A_) : Tensor();
-    if (wants_x || wants_A) {
-      const auto z = empty_thin(T, ranks, A_.options(), turns(A_, layers_.front().out));
+    if (adds || wants_A) {
+      const auto z = empty_thin(T, ranks, layers_.front().out, A_);
       if (!complete) Tensor(z).zero_();
       each(parts, [&](size_t, const Part& part, int64_t first) {
-        thin_product(z.narrow(1, first, part.layer.rank), part.g, part.layer.turned_B, part.layer.scale);
+        thin_inner(columns(z, first, part.layer.rank), part.g, part.layer.turned_B, part.layer.scale);
       });
       if (drops) {
         through_dropout(parts, x, z, dx, dA, A_);
       } else {
-        if (wants_x) dx.addmm_(z, A_);
-        if (wants_A) dA.addmm_(z.t(), x, 0);
+        if (adds) thin_update(dx, z, A_);
+        if (wants_A) thin_outer(dA, z, x);
       }
     }
     if (wants_x) result[0] = dx.view(shape_);
     each(parts, [&](size_t k, const Part& part, int64_t first) {
       const auto rank = part.layer.rank;
-      const auto A = A_.narrow(0, first, rank);
       Tensor own, dB;
-      if (part.layer.score.defined()) {
-        std::tie(own, dB) = scored(part, dropped(part.layer, x), A);
+      if (part.layer.needs_G()) {
+        const bool wanted = part.layer.score.defined() || part.wants_A() || part.wanted[1];
+        if (wanted && x.defined())
+          std::tie(own, dB) = through_G(part, dropped(part.layer, x), rows(A_, first, rank));
       } else {
-        if (dA.defined()) own = dA.narrow(0, first, rank);
+        if (dA.defined()) own = rows(dA, first, rank);
         if (part.wanted[1]) {
           // Turned over: the BLAS are slow at a few columns out of a tall product.
-          dB = at::zeros({rank, part.layer.out}, A.options());
-          dB = dB.addmm_(h_.narrow(1, first, rank).t(), part.g, 0, part.layer.scale).t().contiguous();
+          const auto turned = at::zeros({rank, part.layer.out}, A_.options());
+          thin_outer(turned, columns(h_, first, rank), part.g, part.layer.scale);
+          dB = turned.t().contiguous();
         }
       }
       auto* gradients = &result[1 + 3 * k];
@@ -330,23 +377,22 @@ class LowRankLinearNode final : public torch::autograd::Node {
                               const Tensor& dx, const Tensor& dA, const Tensor& A) {
     const auto& like = dx.defined() ? dx : input;
     const auto x = dA.defined() ? input.contiguous() : Tensor();
-    const auto T = like.size(0), rows = std::min(T, block_rows(like));
-    const auto scratch = [&](bool wanted) {
-      return wanted ? at::empty({rows, like.size(1)}, like.options()) : Tensor();
-    };
-    const auto dropped = scratch(dA.defined()), update = scratch(dx.defined());
-    for (int64_t begin = 0; begin < T; begin += rows) {
-      const auto count = std::min(rows, T - begin);
-      const auto block = [&](const Tensor& t, int64_t from) {
+    const auto T = like.size(0), block = std::min(T, block_rows(like));
+    Tensor dropped, update;
+    if (dA.defined()) dropped = workspace<Scratch::dropped>(block, like.size(1), like);
+    if (dx.defined()) update = workspace<Scratch::update>(block, like.size(1), like);
+    for (int64_t begin = 0; begin < T; begin += block) {
+      const auto count = std::min(block, T - begin);
+      const auto part_of = [&](const Tensor& t, int64_t from) {
         return t.defined() ? t.narrow(0, from, count) : t;
       };
       each(parts, [&](size_t, const Part& part, int64_t first) {
         const auto rank = part.layer.rank;
-        const auto own = z.narrow(0, begin, count).narrow(1, first, rank);
-        const auto into = block(update, 0);
-        if (into.defined()) Tensor(into).addmm_(own, A.narrow(0, first, rank), 0);
-        part.layer.dropout->mask(begin, block(x, begin), block(dropped, 0), into, block(dx, begin));
-        if (dA.defined()) dA.narrow(0, first, rank).addmm_(own.t(), block(dropped, 0));
+        const auto own = columns(z.narrow(0, begin, count), first, rank);
+        const auto into = part_of(update, 0);
+        if (into.defined()) thin_update(into, own, A.narrow(0, first, rank), 1, /*adds=*/false);
+        part.layer.dropout->mask(begin, part_of(x, begin), part_of(dropped, 0), into, part_of(dx, begin));
+        if (dA.defined()) thin_outer(dA.narrow(0, first, rank), own, part_of(dropped, 0));
       });
     }
   }
@@ -359,12 +405,13 @@ class LowRankLinearNode final : public torch::autograd::Node {
     return result;
   }
 
-  /// Leaves the score, and gives dÃ and dB, which with G at hand cost less than out of z and h; B Ã and G
-  /// exist a block of rows at a time. `x`: dropped.
-  static std::pair<Tensor, Tensor> scored(const Part& part, const Tensor& x, const Tensor& A) {
+  /// dÃ and dB out of G = gᵀ x, and the score if one is wanted; B Ã and G exist a block of rows at a time.
+  /// `x`: dropped.
+  static std::pair<Tensor, Tensor> through_G(const Part& part, const Tensor& x, const Tensor& A) {
     const auto scale = part.layer.scale;
     auto dA = at::zeros_like(A), dB = at::zeros_like(part.B);
-    const auto sum = at::zeros({}, A.options());
+    const auto& score = part.layer.score;
+    const auto sum = score.defined() ? at::zeros({}, A.options()) : Tensor();
     constexpr int64_t rows = 256;
     for (int64_t first = 0; first < part.layer.out; first += rows) {
       const auto count = std::min(rows, part.layer.out - first);
@@ -372,10 +419,12 @@ class LowRankLinearNode final : public torch::autograd::Node {
       const auto G = at::mm(part.g.narrow(1, first, count).t(), x);
       dA.addmm_(B.t(), G, 1, scale);
       dB.narrow(0, first, count).addmm_(G, A.t(), 0, scale);
-      Tensor(sum).add_(at::mm(B, A).mul_(G).abs_().sum());
+      if (score.defined()) Tensor(sum).add_(at::mm(B, A).mul_(G).abs_().sum());
     }
-    const auto entries = static_cast<double>(part.layer.out * A.size(1));
-    part.layer.score.copy_(Tensor(sum).mul_(std::abs(scale) / std::sqrt(entries)));
+    if (score.defined()) {
+      const auto entries = static_cast<double>(part.layer.out * A.size(1));
+      Tensor(score).copy_(Tensor(sum).mul_(std::abs(scale) / std::sqrt(entries)));
+    }
     return {dA, dB};
   }
 
@@ -405,7 +454,7 @@ class LowRankLinearNode final : public torch::autograd::Node {
       if (part.wanted[2]) gradients[2] = (dA * part.A).sum(1, /*keepdim=*/true);
       if (!part.layer.score.defined()) return;
       const torch::NoGradGuard no_grad;
-      scored(part, kept, A);
+      through_G(part, kept, A);
     });
     if (wants_x) result[0] = dx.view(shape_);
   }

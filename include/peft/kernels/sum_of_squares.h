@@ -27,30 +27,30 @@ void add_squares_loop(const T* x, int64_t count, SquareLanes& lanes) {
 __attribute__((target("avx2,fma"))) inline void add_squares_avx2(const float* x, int64_t count,
                                                                  SquareLanes& lanes) {
   __m256d sums[8];
-  for (int k = 0; k < 8; ++k) sums[k] = _mm256_setzero_pd();
+  PEFT_UNROLLED for (int k = 0; k < 8; ++k) sums[k] = _mm256_setzero_pd();
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
-    for (int k = 0; k < 8; ++k) {
+    PEFT_UNROLLED for (int k = 0; k < 8; ++k) {
       const __m256d wide = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4 * k));
       sums[k] = _mm256_fmadd_pd(wide, wide, sums[k]);
     }
   }
-  for (size_t k = 0; k < 8; ++k) _mm256_storeu_pd(lanes.data() + 4 * k, sums[k]);
+  PEFT_UNROLLED for (size_t k = 0; k < 8; ++k) _mm256_storeu_pd(lanes.data() + 4 * k, sums[k]);
   add_squares_loop(x + i, count - i, lanes);
 }
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void add_squares_avx512(
     const float* x, int64_t count, SquareLanes& lanes) {
   __m512d sums[4];
-  for (int k = 0; k < 4; ++k) sums[k] = _mm512_setzero_pd();
+  PEFT_UNROLLED for (int k = 0; k < 4; ++k) sums[k] = _mm512_setzero_pd();
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
-    for (int k = 0; k < 4; ++k) {
+    PEFT_UNROLLED for (int k = 0; k < 4; ++k) {
       const __m512d wide = _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x + i + 8 * k));
       sums[k] = _mm512_fmadd_pd(wide, wide, sums[k]);
     }
   }
-  for (size_t k = 0; k < 4; ++k) _mm512_storeu_pd(lanes.data() + 8 * k, sums[k]);
+  PEFT_UNROLLED for (size_t k = 0; k < 4; ++k) _mm512_storeu_pd(lanes.data() + 8 * k, sums[k]);
   add_squares_loop(x + i, count - i, lanes);
 }
 #endif

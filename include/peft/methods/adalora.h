@@ -60,22 +60,24 @@ class RankAllocator : public Controller {
       auto matrices = factors(factor);
       std::erase_if(matrices, [](const Tensor& matrix) { return !matrix.requires_grad(); });
       if (matrices.empty()) continue;
-      const auto terms = internal::orthogonality_gradients(matrices, factor == internal::Factor::B, weight());
       std::vector<Tensor> gradients;
       for (const auto& matrix : matrices) gradients.push_back(internal::gradient_of(matrix));
-      at::_foreach_add_(gradients, terms);
+      internal::add_orthogonality_gradients(matrices, gradients, factor == internal::Factor::B, weight());
       internal::mark_written(gradients);
     }
   }
 
   void after_update(const StepContext& context) override {
     const auto end = options.total_step() - options.tfinal();
-    if (step_ < end) importance_.update({options.beta1(), options.beta2()}, context);
-    if (step_ > end) {
+    const auto [ranks, masks] = budget(step_);
+    if (step_ < end) {
+      const auto scores = importance_.update({options.beta1(), options.beta2()}, context, masks);
+      if (masks) mask_to(ranks, scores);
+    } else if (step_ == end) {
+      mask_to(ranks, importance_.scores());
+      importance_.clear();
+    } else {
       mask();
-    } else if (const auto [ranks, masks] = budget(step_); masks || step_ == end) {
-      mask_to(ranks);
-      if (step_ == end) importance_.clear();
     }
     ++step_;
   }
@@ -124,11 +126,10 @@ class RankAllocator : public Controller {
   }
 
   /// Keeps so many ranks of all, those with the highest scores. Waits for the device once.
-  void mask_to(int64_t ranks) {
-    std::vector<Tensor> scores;
-    for (const auto& stack : importance_.stacks()) scores.push_back(stack.scores().view(-1));
-    for (auto& part : scores) part = part.to(scores.front().options());
-    const auto all = torch::cat(scores);
+  void mask_to(int64_t ranks, const std::vector<Tensor>& scores) {
+    std::vector<Tensor> parts;
+    for (const auto& part : scores) parts.push_back(part.view(-1).to(scores.front().options()));
+    const auto all = torch::cat(parts);
     const auto away = initial_budget_ - ranks;
     // The reference fails where nothing is to be masked.
     const auto above =
@@ -157,11 +158,23 @@ class RankAllocator : public Controller {
         for (const auto row : piece.rows) stays.push_back(piece.kept.empty() || piece.kept[row] ? 1 : 0);
       }
       if (stays.empty()) continue;
-      const auto count = static_cast<int64_t>(values.size());
-      const auto masks = torch::tensor(stays, torch::kFloat).view({count, -1, 1});
-      at::_foreach_mul_(values, masks.to(values.front().options().requires_grad(false)).unbind());
+      if (internal::has_loop(values.front())) {
+        auto stay = stays.cbegin();
+        for (const auto& E : values) multiply(E, stay);
+      } else {
+        const auto count = static_cast<int64_t>(values.size());
+        const auto masks = torch::tensor(stays, torch::kFloat).view({count, -1, 1});
+        at::_foreach_mul_(values, masks.to(values.front().options().requires_grad(false)).unbind());
+      }
       internal::mark_written(values);
     }
+  }
+  /// Multiplies the rows of a column on the CPU with factors, which it takes from `factor` on.
+  static void multiply(const Tensor& column, std::vector<float>::const_iterator& factor) {
+    const auto run = [&]<class T>(T* value) {
+      for (int64_t i = 0; i < column.size(0); ++i) value[i * column.stride(0)] *= static_cast<T>(*factor++);
+    };
+    column.scalar_type() == torch::kFloat ? run(column.data_ptr<float>()) : run(column.data_ptr<double>());
   }
 
   /// A number for each initial rank: 1 kept, 0 masked, 2 before the first masking.

@@ -58,18 +58,34 @@ class AdaLoraImportance {
 
   const std::vector<AdaLoraStack>& stacks() const { return stacks_; }
 
-  /// Takes in a step's weights and gradients, of the tensors that have one.
-  void update(const ImportanceSettings& settings, const StepContext& context) {
+  /// Takes in a step's weights and gradients, of the tensors that have one. With `scored`, returns the
+  /// `scores` after it, made while the values are in the cache.
+  std::vector<Tensor> update(const ImportanceSettings& settings, const StepContext& context, bool scored) {
     follow_tensors();
+    std::vector<Tensor> scores;
     for (const auto& stack : stacks_) {
       if (!has_loop(stack.sensitivity)) {
         update_composed(stack, settings, context);
-      } else if (stack.sensitivity.scalar_type() == torch::kFloat) {
-        update_loop<float>(stack, settings, context);
-      } else {
-        update_loop<double>(stack, settings, context);
+        if (scored) scores.push_back(stack.scores());
+        continue;
       }
+      const auto ranks = stack.shapes[static_cast<size_t>(Factor::E)].front();
+      auto of_stack = torch::zeros({scored ? static_cast<int64_t>(stack.members.size()) : 0, ranks},
+                                   stack.sensitivity.options());
+      if (stack.sensitivity.scalar_type() == torch::kFloat) {
+        update_loop<float>(stack, settings, context, scored ? of_stack.data_ptr<float>() : nullptr);
+      } else {
+        update_loop<double>(stack, settings, context, scored ? of_stack.data_ptr<double>() : nullptr);
+      }
+      if (scored) scores.push_back(of_stack);
     }
+    return scores;
+  }
+  /// The scores of each stack's ranks.
+  std::vector<Tensor> scores() const {
+    std::vector<Tensor> result;
+    for (const auto& stack : stacks_) result.push_back(stack.scores());
+    return result;
   }
   void clear() {
     for (auto& stack : stacks_) {
@@ -134,39 +150,64 @@ class AdaLoraImportance {
     }
   }
 
+  /// `scores`: where those of the ranks go, zeros; null: nowhere.
   template <class T>
-  void update_loop(const AdaLoraStack& stack, const ImportanceSettings& settings,
-                   const StepContext& context) const {
+  void update_loop(const AdaLoraStack& stack, const ImportanceSettings& settings, const StepContext& context,
+                   T* scores) const {
     const ImportanceConstants<T> constants(settings,
                                            context.clip.defined() ? context.clip.item<double>() : 1.0);
+    // Keeps what has to be copied; addresses are all that the threads touch.
+    std::vector<Tensor> copies;
+    const auto address = [&copies](const Tensor& tensor) {
+      copies.push_back(tensor.is_contiguous() ? tensor : tensor.contiguous());
+      return copies.back().template data_ptr<T>();
+    };
     struct Part {
-      Tensor value, gradient;
+      const T *value = nullptr, *gradient = nullptr;
       T *sensitivity, *uncertainty;
     };
-    std::vector<Part> parts;
-    T *sensitivity = stack.sensitivity.data_ptr<T>(), *uncertainty = stack.uncertainty.data_ptr<T>();
-    const auto contiguous = [](const Tensor& tensor) {
-      return tensor.is_contiguous() ? tensor : tensor.contiguous();
-    };
+    const size_t count = stack.members.size();
+    std::array<std::vector<Part>, 3> parts;
+    std::array<int64_t, 3> sizes;
+    int64_t offset = 0;
     for (const auto factor : all_factors) {
+      auto& of_factor = parts[static_cast<size_t>(factor)];
+      auto& size = sizes[static_cast<size_t>(factor)];
+      size = c10::multiply_integers(stack.shapes[static_cast<size_t>(factor)]);
       for (const auto i : stack.members) {
+        of_factor.push_back({nullptr, nullptr, stack.sensitivity.data_ptr<T>() + offset,
+                             stack.uncertainty.data_ptr<T>() + offset});
+        offset += size;
         const auto& tensor = factor_of(*pieces_[i], factor);
-        if (context.has_gradient(tensor)) {
-          parts.push_back({contiguous(tensor), contiguous(tensor.grad()), sensitivity, uncertainty});
-        }
-        sensitivity += tensor.numel();
-        uncertainty += tensor.numel();
+        if (!context.has_gradient(tensor)) continue;
+        of_factor.back().value = address(tensor);
+        of_factor.back().gradient = address(tensor.grad());
       }
     }
+    const auto ranks = stack.shapes[static_cast<size_t>(Factor::E)].front();
     const auto level = cpu_level();
-    at::parallel_for(
-        0, static_cast<int64_t>(parts.size()), /*grain_size=*/8, [&](int64_t begin, int64_t end) {
-          for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-            const auto& part = parts[i];
-            smooth_importance(level, part.value.template data_ptr<T>(), part.gradient.template data_ptr<T>(),
-                              part.sensitivity, part.uncertainty, part.value.numel(), constants);
+    at::parallel_for(0, static_cast<int64_t>(count), /*grain_size=*/4, [&](int64_t begin, int64_t end) {
+      std::vector<T> sums;
+      for (int64_t i = begin; i < end; ++i) {
+        // The order in which `scores` adds them.
+        for (const auto factor : {Factor::A, Factor::B, Factor::E}) {
+          const auto& part = parts[static_cast<size_t>(factor)][static_cast<size_t>(i)];
+          const auto size = sizes[static_cast<size_t>(factor)];
+          if (part.value != nullptr) {
+            smooth_importance(level, part.value, part.gradient, part.sensitivity, part.uncertainty, size,
+                              constants);
           }
-        });
+          if (scores == nullptr || ranks == 0) continue;
+          T* score = scores + i * ranks;
+          // A's rows are ranks, B's columns; E has one value for each.
+          const int64_t rows = factor == Factor::A ? ranks : 1, row = size / rows;
+          for (int64_t k = 0; k < rows; ++k) {
+            add_product_means(level, part.sensitivity + k * row, part.uncertainty + k * row, row,
+                              factor == Factor::A ? 1 : ranks, score + k, sums);
+          }
+        }
+      }
+    });
   }
 
   void update_composed(const AdaLoraStack& stack, const ImportanceSettings& settings,

@@ -7,12 +7,14 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "peft/core/residual.h"
+#include "peft/kernels/bottleneck_node.h"
 #include "peft/methods/bottleneck_options.h"
 #include "peft/methods/phm.h"
 #include "peft/methods/projection.h"
@@ -66,7 +68,7 @@ class BottleneckImpl : public Piece<BottleneckImpl, BottleneckOptions, ResidualP
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     const auto y = layer.forward(x);
-    return run({options.parallel() ? x : y, y}).output;
+    return output({options.parallel() ? x : y, y});
   }
   Entry enter(const Tensor& output, const Tensor& skip, const JoinNorm& norm) override {
     if (options.parallel()) return {skip, output};
@@ -78,6 +80,10 @@ class BottleneckImpl : public Piece<BottleneckImpl, BottleneckOptions, ResidualP
     const auto z = gated(entry.hidden, made);
     if (options.parallel()) return {entry.residual + (adapter_norm_after ? normed(z) : z), made};
     return {around(z, entry.residual), made};
+  }
+  Tensor output(const Entry& entry) override {
+    const auto fused = fused_output(entry);
+    return fused ? *fused : run(entry).output;
   }
   bool reads_skip() const override { return options.parallel(); }
   Tensor join(const Tensor& output, const Tensor& skip, const JoinNorm& norm) override {
@@ -124,11 +130,26 @@ class BottleneckImpl : public Piece<BottleneckImpl, BottleneckOptions, ResidualP
  private:
   /// z(h) of what `scaled` made of h, in h's type.
   Tensor gated(const Tensor& h, Tensor z);
+  /// r + z(h) in one node of the graph; nothing where more than matrices and f is between them, or h and the
+  /// matrices are of different types.
+  std::optional<Tensor> fused_output(const Entry& entry) const {
+    const bool drops = is_training() && (options.dropout() > 0 || options.hidden_dropout() > 0 ||
+                                         options.stochastic_depth() > 0);
+    if (!smooth_ || drops || options.phm() || gate || scaling.defined() || adapter_norm_before ||
+        adapter_norm_after) {
+      return {};
+    }
+    const auto& down = dynamic_cast<const internal::DenseProjection&>(*adapter_down);
+    const auto& up = dynamic_cast<const internal::DenseProjection&>(*adapter_up);
+    return internal::bottleneck(entry.hidden, entry.residual, {down.weight, down.bias, up.weight, up.bias},
+                                options.scaling(), *smooth_);
+  }
   /// The adapter's own norm, in its type.
   Tensor normed(const Tensor& x) {
     return adapter_norm_after->forward(x.to(adapter_norm_after->weight.scalar_type())).to(x.scalar_type());
   }
   ActivationFunction activation_;
+  std::optional<internal::SmoothFunction> smooth_;
 };
 
 /// Why a site cannot take a bottleneck, or an empty string.
@@ -173,6 +194,7 @@ inline BottleneckImpl::BottleneckImpl(BottleneckOptions settings, const SiteInfo
                     "': PHM projections need a width and a bottleneck that ", n, " divides, but got ", width,
                     " and ", size);
   activation_ = activation_function(options.non_linearity());
+  smooth_ = internal::smooth_function(options.non_linearity());
 
   const auto norm = [&](const char* name) {
     return register_module(name, nn::LayerNorm(nn::LayerNormOptions({width})));

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "peft/core/problems.h"
+#include "peft/kernels/is_finite.h"
 #include "peft/methods/lora_probes.h"
 
 namespace peft {
@@ -40,8 +41,8 @@ inline void initialize_corda(nn::Module& model, const Adapter& adapter, const st
         auto rows = x.detach().reshape({-1, x.size(-1)}).to(torch::kFloat32);
         rows = rows / rows.max().abs();
         const auto product = rows.t().mm(rows);
-        TORCH_CHECK(product.isfinite().all().item<bool>(), "initialize_corda: the inputs of '",
-                    waiting[i].path(), "' must be finite numbers, not all zero");
+        TORCH_CHECK(internal::is_finite(product), "initialize_corda: the inputs of '", waiting[i].path(),
+                    "' must be finite numbers, not all zero");
         auto& [sum, calls] = covariances[i];
         sum = sum.defined() ? sum + product : product;
         ++calls;

@@ -4,12 +4,16 @@
 #include <torch/arg.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "peft/core/activation.h"
 #include "peft/core/piece.h"
+#include "peft/kernels/kept.h"
+#include "peft/kernels/row_norms.h"
+#include "peft/kernels/scale_columns.h"
 #include "peft/methods/lora.h"
 
 namespace peft {
@@ -46,9 +50,10 @@ class DoraImpl : public Piece<DoraImpl, DoraOptions> {
     TORCH_CHECK(!RowAdapters::current(), "RowAdapters: '", site().path,
                 "' carries DoRA, which cannot take part in a batch of mixed adapters (hint: merge it, or one "
                 "adapter a batch)");
+    if (const auto fused = fused_forward(x, layer)) return *fused;
     const auto y = lora->start_forward(x, layer);
     const auto input = lora->cast(x);
-    const auto c = lora->per_channel(ratio(layer));
+    const auto c = lora->per_channel(ratio(kept_norm(layer.base())));
     if (lora->drops()) {
       const auto dropped = torch::dropout(input, options.lora().dropout(), true);
       const auto W = start_weight(layer.base()).to(dropped.scalar_type());
@@ -63,7 +68,7 @@ class DoraImpl : public Piece<DoraImpl, DoraOptions> {
 
   Weights effective(const Weights& weights, const LayerView& layer) const override {
     const auto start = lora->start_weights(weights, layer);
-    auto c = ratio(layer);
+    auto c = ratio(norm(layer.base()));
     if (outputs_last()) {
       c = c.view({1, -1});
     } else {
@@ -115,8 +120,45 @@ class DoraImpl : public Piece<DoraImpl, DoraOptions> {
     }
     return torch::norm(V, 2, inputs);
   }
+  /// The same, kept while neither W nor the factors nor s change.
+  Tensor kept_norm(const LayerView& base) const {
+    if (!FastPaths::enabled()) return norm(base);
+    const auto W = start_weight(base);
+    const std::vector<Tensor> sources{W, lora->lora_A, lora->lora_B, lora->lora_A_0, lora->lora_B_0};
+    return norm_.of(sources, lora->scaling(), [&] {
+      const auto linear = base.plain_linear();
+      const auto A = lora->full_A(), B = lora->full_B();
+      if (!linear || lora->loftq_weight.defined() || !row_norms_.fits(linear->weight, A, B))
+        return norm(base);
+      return row_norms_.of(linear->weight, A, B, lora->scaling());
+    });
+  }
   /// c.
-  Tensor ratio(const LayerView& layer) const { return lora_magnitude_vector.view(-1) / norm(layer.base()); }
+  Tensor ratio(const Tensor& length) const { return lora_magnitude_vector.view(-1) / length; }
+
+  /// y = c ⊙ (W + s B A) x + b on a linear layer, in nodes with gradients of their own; nothing where they do
+  /// not fit. Under dropout y = (W (x − dropout(x)) + b) + c ⊙ (W + s B A) dropout(x).
+  std::optional<Tensor> fused_forward(const Tensor& x, const LayerView& layer) const {
+    auto linear = FastPaths::enabled() ? layer.plain_linear() : std::nullopt;
+    auto term = linear ? lora->low_rank() : std::nullopt;
+    if (!term) return {};
+    const auto bias = linear->bias;
+    const PlainLinear product{linear->weight, {}};
+    const bool drops = std::exchange(term->dropout, 0.0) > 0;
+    const std::vector<internal::LowRankLinear> layers{{product, std::move(term)}};
+    if (!internal::low_rank_linear_fits(x, layers)) return {};
+    const auto c = ratio(kept_norm(layer.base()));
+    const auto run = [&](const Tensor& input, const Tensor& rest) {
+      const auto P = internal::low_rank_linear(input, layers)->front();
+      return internal::scaled_columns(P, c, rest).to(x.scalar_type());
+    };
+    if (!drops) return run(x, bias);
+    const auto dropped = torch::dropout(x, options.lora().dropout(), true);
+    return run(dropped, at::linear(x - dropped, linear->weight, bias));
+  }
+
+  internal::RowNorms row_norms_;
+  internal::Kept norm_;
 };
 
 /// Throws c10::ValueError, naming the option, if one is out of range.

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "peft/kernels/is_finite.h"
 #include "peft/methods/masks.h"
 
 namespace peft {
@@ -74,7 +75,7 @@ inline std::vector<Tensor> fisher_information(nn::Module& model,
       probes.add(site, leaves.back());
     }
     for (auto loss = next_loss(); loss.defined(); loss = next_loss()) {
-      TORCH_CHECK_VALUE(loss.numel() == 1 && loss.isfinite().all().item<bool>(),
+      TORCH_CHECK_VALUE(loss.numel() == 1 && internal::is_finite(loss),
                         "initialize_fish: a loss must be one finite number, but got ", loss.numel(),
                         loss.numel() == 1 ? " that is not" : " numbers");
       TORCH_CHECK(loss.requires_grad(), "initialize_fish: the loss must depend on the adapter's layers");

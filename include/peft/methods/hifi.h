@@ -12,6 +12,7 @@
 
 #include "peft/core/attention.h"
 #include "peft/core/problems.h"
+#include "peft/kernels/is_finite.h"
 #include "peft/methods/head_importance.h"
 #include "peft/methods/masks.h"
 #include "peft/methods/rows.h"
@@ -188,7 +189,7 @@ inline HifiHeads initialize_hifi(nn::Module& model, const Adapter& adapter,
         all.push_back(layer.outputs.to(torch::kCPU, torch::kFloat64));
       }
       const auto O = torch::cat(all, 1);
-      TORCH_CHECK(O.isfinite().all().item<bool>(), title, ": the heads' outputs must be finite");
+      TORCH_CHECK(internal::is_finite(O), title, ": the heads' outputs must be finite");
       TORCH_CHECK_VALUE(
           !used.defined() || (used.dim() == 2 && used.size(0) == O.size(0) && used.size(1) == O.size(2)),
           title, ": the mask of used positions must be ",

@@ -14,6 +14,7 @@
 
 #include "peft/core/piece.h"
 #include "peft/core/problems.h"
+#include "peft/kernels/low_rank_sum.h"
 #include "peft/kernels/shadow.h"
 #include "peft/methods/lora_options.h"
 
@@ -61,9 +62,9 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     const auto why = not_mergeable();
     TORCH_CHECK(why.empty(), "'", site().path, "': ", why);
     const auto start = start_weights(weights, layer);
-    const auto weight = with_delta(start.weight, layer);
-    if (!lora_B_bias.defined()) return {weight, weights.bias};
-    return {weight, weights.bias + (lora_B_bias * scaling()).to(weights.bias.scalar_type())};
+    const auto [weight, finite] = with_delta(start.weight, layer);
+    if (!lora_B_bias.defined()) return {weight, weights.bias, finite};
+    return {weight, weights.bias + (lora_B_bias * scaling()).to(weights.bias.scalar_type()), finite};
   }
 
   std::string not_mergeable() const override {
@@ -152,14 +153,14 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     return layer.fold(product(full_A().flatten(1).to(type), full_B().flatten(1).to(type)) * scaling());
   }
   /// W + ΔW, in one pass over W where ΔW is a plain product in W's layout and type.
-  Tensor with_delta(const Tensor& W, const LayerView& layer) const {
+  internal::LowRankSum with_delta(const Tensor& W, const LayerView& layer) const {
     const bool is_product = site().fan_in.size() == 1 && !site().lookup && !site().weights_only;
     if (!is_product || W.scalar_type() != lora_A.scalar_type() || lora_A.element_size() < 4) {
-      return W + delta(layer).to(W.scalar_type());
+      return {W + delta(layer).to(W.scalar_type())};
     }
     const auto A = full_A(), B = full_B();
-    return site().fan_in_fan_out ? at::addmm(W, A.t(), B.t(), 1, scaling())
-                                 : at::addmm(W, B, A, 1, scaling());
+    return site().fan_in_fan_out ? internal::low_rank_sum(W, A.t(), B.t(), scaling())
+                                 : internal::low_rank_sum(W, B, A, scaling());
   }
   /// One value an output, shaped to meet the layer's output.
   Tensor per_channel(const Tensor& values) const {

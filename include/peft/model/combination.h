@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "peft/kernels/is_finite.h"
 #include "peft/model/active.h"
 #include "peft/model/add_adapter.h"
 #include "peft/model/combine_options.h"
@@ -242,7 +243,7 @@ class Combination {
       });
       for (const auto& term : terms.list) {
         for (const auto& item : term.piece->named_parameters()) {
-          if (item.value().isfinite().all().item<bool>()) continue;
+          if (is_finite(item.value())) continue;
           problems_.add(where + "'" + item.key() + "' of '" + recipe_.names[term.adapter] +
                         "' holds NaN or infinity");
         }

@@ -1,6 +1,8 @@
 // merge: writes the active adapters into the base's weights; unmerge: takes them out again, bit for bit.
 #pragma once
 
+#include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,10 +12,11 @@
 
 namespace peft {
 /// Writes the effective weights of the active adapters into the base, computed out of place. The originals
-/// are kept for `unmerge` unless `keep` is false. Until then the model runs at the plain model's cost, and
-/// adapters cannot be added, removed or switched. Throws, before anything is changed: c10::ValueError listing
-/// every site that cannot be merged, whose merged weights are not finite, or that is merged already; when no
-/// adapter is active or they are disabled.
+/// are kept for `unmerge` unless `keep` is false; then every weight is computed twice, to be checked and to
+/// be used, and needs memory for one layer's only. Until `unmerge` the model runs at the plain model's cost,
+/// and adapters cannot be added, removed or switched. Throws, before anything is changed: c10::ValueError
+/// listing every site that cannot be merged, whose merged weights are not finite, or that is merged already;
+/// when no adapter is active or they are disabled.
 inline void merge(nn::Module& model, bool keep = true) {
   const auto nodes = internal::walk(model);
   const auto set = internal::activation_of(nodes, "merge")->get();
@@ -25,7 +28,7 @@ inline void merge(nn::Module& model, bool keep = true) {
   struct Change {
     SiteImpl* site;
     std::vector<std::string> adapters;
-    Weights weights;
+    std::optional<Weights> weights;  // made again where they are not kept
   };
   std::vector<Change> changes;
   for (const auto& node : nodes) {
@@ -46,15 +49,27 @@ inline void merge(nn::Module& model, bool keep = true) {
       }
     }
     if (change.adapters.empty() || !fits) continue;
-    change.weights = node.site->merged_weights(set->composition);
-    if (!internal::is_finite(change.weights.weight) || !internal::is_finite(change.weights.bias)) {
-      problems.add("'" + node.path + "': the merged weights hold NaN or infinity");
-    }
     changes.push_back(std::move(change));
+  }
+  std::map<const void*, int> uses;  // of a weight's memory: tied sites are no longer so once one is merged
+  for (const auto& change : changes) {
+    if (const auto weight = change.site->base_weights().weight; weight.defined()) ++uses[weight.data_ptr()];
+  }
+  for (auto& change : changes) {
+    auto weights = change.site->merged_weights(set->composition);
+    if (!(weights.finite || internal::is_finite(weights.weight)) || !internal::is_finite(weights.bias)) {
+      problems.add("'" + change.site->path() + "': the merged weights hold NaN or infinity");
+    }
+    const auto base = change.site->base_weights().weight;
+    if (keep || (base.defined() && uses[base.data_ptr()] > 1)) change.weights = std::move(weights);
   }
   if (changes.empty() && problems.empty()) problems.add("no site of the model carries an active adapter");
   problems.raise("merge");
-  for (auto& change : changes) change.site->swap_in(change.weights, std::move(change.adapters), keep);
+  for (auto& change : changes) {
+    if (!change.weights) change.weights = change.site->merged_weights(set->composition);
+    change.site->swap_in(*change.weights, std::move(change.adapters), keep);
+    change.weights.reset();
+  }
 }
 
 /// Puts the base's weights back as they were before `merge`, bit for bit. Throws if the model is not merged

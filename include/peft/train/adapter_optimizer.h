@@ -64,6 +64,7 @@ class AdapterOptimizer : public torch::optim::Optimizer {
                 " (hint: name them in its constructor)");
     for (const auto& controller : controllers_) controller->add_penalty_gradients();
     storage_.gather();
+    storage_.mark_written();  // now, while the tensors are in the cache
     const auto scale = clip();
     const StepContext context{scale, [this](const Tensor& tensor) { return is_reached(tensor); }};
     for (const auto& controller : controllers_) {
@@ -72,10 +73,6 @@ class AdapterOptimizer : public torch::optim::Optimizer {
     }
     count_step();
     update(scale);
-    const auto& defined = storage_.defined();
-    for (size_t i = 0; i < defined.size(); ++i) {
-      if (defined[i]) storage_.mark_written(i);
-    }
     for (const auto& controller : controllers_) {
       controller->after_update(context);
       for (const auto* piece : controller->pieces()) piece->mark();

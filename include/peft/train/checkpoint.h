@@ -7,12 +7,12 @@
 
 #include <filesystem>
 #include <map>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "peft/core/adapter.h"
+#include "peft/core/random_state.h"
 #include "peft/io/safetensors.h"
 #include "peft/train/adapter_optimizer.h"
 #include "peft/train/grad_scaler.h"
@@ -32,17 +32,6 @@ inline std::vector<std::pair<std::string, at::Generator>> generators(const Adapt
                                                          at::kCUDA, static_cast<c10::DeviceIndex>(i))));
   }
   return result;
-}
-
-inline Tensor generator_state(const at::Generator& generator) {
-  auto copy = generator;  // a handle
-  std::lock_guard<std::mutex> lock(copy.mutex());
-  return copy.get_state();
-}
-
-inline void set_generator_state(at::Generator generator, const Tensor& state) {
-  std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
 }
 
 inline constexpr const char* checkpoint_version = "1";

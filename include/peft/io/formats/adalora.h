@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "peft/io/formats/lora.h"
+#include "peft/io/formats/lora_config.h"
 #include "peft/io/peft_format.h"
 #include "peft/methods/adalora.h"
 

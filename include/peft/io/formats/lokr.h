@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "peft/io/formats/lora.h"
+#include "peft/io/formats/lora_config.h"
 #include "peft/io/formats/settings.h"
 #include "peft/methods/lokr.h"
 

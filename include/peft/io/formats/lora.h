@@ -1,17 +1,16 @@
 // LoraFormat: LoRA in Hugging Face PEFT's files (peft_type LORA).
 #pragma once
 
-#include <ATen/Context.h>
-
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <iterator>
-#include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "peft/core/random_state.h"
+#include "peft/io/formats/lora_config.h"
 #include "peft/io/formats/trainable_tokens.h"
 #include "peft/io/peft_format.h"
 #include "peft/io/peft_places.h"
@@ -19,61 +18,6 @@
 #include "peft/methods/lora.h"
 
 namespace peft::internal {
-
-/// The targets of a LoRA whose config names none, by the base's `model_type`; empty where the reference has
-/// none.
-inline std::vector<std::string> default_lora_targets(const std::string& model_type) {
-  struct Row {
-    std::vector<const char*> types;
-    std::vector<std::string> targets;
-  };
-  static const std::vector<Row> table{
-      {{"t5", "mt5"}, {"q", "v"}},
-      {{"bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma",
-        "gemma2", "gemma3_text", "qwen2", "qwen3"},
-       {"q_proj", "v_proj"}},
-      {{"gpt2", "gpt_bigcode"}, {"c_attn"}},
-      {{"bloom", "gpt_neox", "falcon", "chatglm"}, {"query_key_value"}},
-      {{"bert", "roberta", "xlm-roberta", "electra", "layoutlm"}, {"query", "value"}},
-      {{"deberta-v2"}, {"query_proj", "value_proj"}},
-      {{"deberta"}, {"in_proj"}},
-      {{"mpt"}, {"Wqkv"}},
-      {{"codegen"}, {"qkv_proj"}},
-      {{"phi"}, {"q_proj", "v_proj", "fc1", "fc2"}},
-      {{"btlm"}, {"c_proj", "c_attn"}},
-      {{"nemotron_h"}, {"q_proj", "k_proj", "v_proj", "o_proj"}},
-      {{"blip-2"}, {"q", "v", "q_proj", "v_proj"}},
-      {{"rwkv"}, {"key", "value", "receptance", "output"}},
-      {{"rwkv7"}, {"r_proj", "k_proj", "v_proj", "o_proj", "key", "value"}},
-  };
-  for (const auto& row : table) {
-    if (std::find(row.types.begin(), row.types.end(), model_type) != row.types.end()) return row.targets;
-  }
-  return {};
-}
-
-/// The keys of a LoraConfig, with Python's defaults.
-inline nlohmann::json lora_defaults() {
-  return nlohmann::json::parse(R"({
-    "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "bias": "none",
-    "corda_config": null, "ensure_weight_tying": false, "eva_config": null, "exclude_modules": null,
-    "fan_in_fan_out": false, "init_lora_weights": true, "kasa_config": null, "layer_replication": null,
-    "layers_pattern": null, "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 8,
-    "lora_bias": false, "lora_dropout": 0.0, "lora_ga_config": null, "megatron_config": null,
-    "megatron_core": "megatron.core", "modules_to_save": null, "monteclora_config": null,
-    "qalora_group_size": 16, "r": 8, "rank_pattern": {}, "target_modules": null, "target_parameters": null,
-    "trainable_token_indices": null, "use_bdlora": null, "use_dora": false, "use_qalora": false,
-    "use_rslora": false, "velora_config": null})");
-}
-
-/// The factors' tensors under Python's names, for a linear or convolution layer or an embedding.
-inline std::vector<DiskTensor> lora_tensors(const SiteInfo& site, const Tensor& A, const Tensor& B,
-                                            const Tensor& B_bias = {}) {
-  if (site.lookup) return {{"lora_embedding_A", A}, {"lora_embedding_B", B}};
-  std::vector<DiskTensor> tensors{{"lora_A.weight", A}, {"lora_B.weight", B}};
-  if (B_bias.defined()) tensors.push_back({"lora_B.bias", B_bias});
-  return tensors;
-}
 
 /// LoRA and DoRA, and the trainable tokens beside them. A start that is taken out of the base (PiSSA and its
 /// like) is written as a plain LoRA of twice the rank on the untouched base.
@@ -175,7 +119,7 @@ class LoraFormat final : public PeftFormat {
     json["use_rslora"] = first.rslora();
     json["use_dora"] = lead_is_dora;
     json["lora_bias"] = first.lora_bias();
-    write_init(first, json);
+    write_lora_init(first, json);
     write_ranks(entries, json);
     add_notes(entries, notes);
   }
@@ -188,7 +132,7 @@ class LoraFormat final : public PeftFormat {
         "lora_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
     lora.rslora(fields.boolean("use_rslora")).lora_bias(fields.boolean("lora_bias"));
     fields.boolean("fan_in_fan_out");  // the layer knows
-    read_init(fields, lora);
+    read_lora_init(fields, lora);
     lora.rank_pattern(fields.ranks("rank_pattern")).alpha_pattern(fields.numbers("alpha_pattern"));
     fields.refuse_features({"use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens",
                             "arrow_config", "kasa_config", "velora_config", "monteclora_config",
@@ -228,8 +172,7 @@ class LoraFormat final : public PeftFormat {
 
   /// What the start took out of the base, or put in its place, follows from the base again.
   void complete(const Entries& entries) const override {
-    auto generator = at::globalContext().defaultGenerator(torch::kCPU);
-    const auto drawn = generator.get_state();
+    const RandomStateGuard kept;
     for (const auto& entry : loras_of(entries)) {
       auto& lora = *lora_in(*entry.piece);
       if (is_output(entry)) lora.alpha *= 2;
@@ -238,7 +181,6 @@ class LoraFormat final : public PeftFormat {
       entry.piece->initialize(*entry.site->base_view());
       entry.piece->place();
     }
-    generator.set_state(drawn);
   }
 
  private:
@@ -413,60 +355,6 @@ class LoraFormat final : public PeftFormat {
           "the quantised weights are not written: whoever loads the adapter quantises the base anew, Python "
           "with bitsandbytes");
     }
-  }
-
-  /// How the tensors began no longer matters, unless a part of it stays.
-  static void write_init(const LoraOptions& lora, nlohmann::json& json) {
-    const char* key = "init_lora_weights";
-    if (lora.init() == LoraInit::random) json[key] = false;
-    // Python refuses "gaussian" together with lora_bias.
-    if (lora.init() == LoraInit::gaussian && !lora.lora_bias()) json[key] = "gaussian";
-    if (lora.init() == LoraInit::mica) json[key] = "mica";
-    if (lora.init() != LoraInit::loftq) return;
-    json[key] = "loftq";
-    json["loftq_config"] = {{"loftq_bits", lora.loftq_bits()}, {"loftq_iter", lora.loftq_iter()}};
-  }
-
-  static void read_init(ConfigFields& fields, LoraOptions& lora) {
-    const char* key = "init_lora_weights";
-    if (!fields.has(key)) return;
-    const auto& value = fields.value(key);
-    if (value.is_boolean()) {
-      lora.init(value.get<bool>() ? LoraInit::kaiming : LoraInit::random);
-      return;
-    }
-    const auto name = value.is_string() ? value.get<std::string>() : "";
-    static const std::map<std::string, LoraInit> starts{
-        {"gaussian", LoraInit::gaussian}, {"mica", LoraInit::mica},   {"pissa", LoraInit::pissa},
-        {"olora", LoraInit::olora},       {"loftq", LoraInit::loftq}, {"eva", LoraInit::kaiming},
-        {"orthogonal", LoraInit::kaiming}};
-    if (const auto found = starts.find(name); found != starts.end()) {
-      lora.init(found->second);
-      if (name == "loftq") read_loftq(fields, lora);
-      return;
-    }
-    for (const char* lost : {"pissa_niter", "corda", "lora_ga"}) {
-      if (!name.starts_with(lost)) continue;
-      fields.refuse(
-          "'init_lora_weights' \"" + name +
-              "\" belongs to a base whose weights were changed in a way the files do not tell (hint: "
-              "in Python, save with path_initial_model_for_weight_conversion to get a plain LoRA)",
-          /*decides_shapes=*/false);
-      return;
-    }
-    fields.complain(
-        key, R"(must be true, false, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora" or "loftq")",
-        /*decides_shapes=*/false);
-  }
-
-  static void read_loftq(ConfigFields& fields, LoraOptions& lora) {
-    const auto& settings = fields.value("loftq_config");
-    const auto integer = [&](const char* key, int64_t absent) {
-      return settings.is_object() && settings.contains(key) && settings[key].is_number_integer()
-                 ? settings[key].get<int64_t>()
-                 : absent;
-    };
-    lora.loftq_bits(integer("loftq_bits", 4)).loftq_iter(integer("loftq_iter", 1));
   }
 };
 

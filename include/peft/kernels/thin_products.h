@@ -1,0 +1,344 @@
+// ThinProducts: matrix products with one short side, a rank: what LoRA adds to a layer is made of them.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "peft/core/compat.h"
+#include "peft/kernels/cpu.h"
+
+namespace peft::internal {
+
+/// A matrix in memory, each row contiguous.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;  ///< from row to row
+  T* row(int64_t i) const { return data + i * stride; }
+  Rows from(int64_t i, int64_t column = 0) const { return {row(i) + column, stride}; }
+};
+
+#if PEFT_HAS_AVX
+// The BLAS packs both factors of a product first, which for these costs more than the product. Here a few
+// rows of the long side and a few ranks meet in registers. `inner`: c ← scale · x mᵀ. `update`: y ← y + scale
+// · c m, or without `adds` y ← scale · c m. Both for `rows` rows. `outer`: m ← m + scale · cᵀ x for columns
+// [begin, end) and `count` rows of x. All for `ranks` rows of m.
+
+#define PEFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+struct ThinAvx512 {
+  /// By hand because GCC 12 warns falsely of what its own sum leaves undefined.
+  static PEFT_TARGET float sum_of(__m512 lanes) {
+    const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, lanes, 0),
+                                       _mm512_maskz_extractf32x8_ps(0xff, lanes, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static constexpr int widest = 8;  ///< ranks at a time, for three rows: all 32 registers
+
+  static PEFT_TARGET __mmask16 mask(int64_t left) {
+    return static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
+  }
+
+  template <int rows, int ranks>
+  static PEFT_TARGET void inner(Rows<const float> x, Rows<const float> m, Rows<float> c, int64_t d,
+                                float scale) {
+    __m512 sums[rows][ranks];
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[t][k] = _mm512_setzero_ps();
+    }
+    for (int64_t j = 0; j < d; j += 16) {
+      const auto lanes = mask(d - j);
+      __m512 in[rows];
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) in[t] = _mm512_maskz_loadu_ps(lanes, x.row(t) + j);
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+        const __m512 weights = _mm512_maskz_loadu_ps(lanes, m.row(k) + j);
+        PEFT_UNROLLED for (int t = 0; t < rows; ++t) sums[t][k] = _mm512_fmadd_ps(in[t], weights, sums[t][k]);
+      }
+    }
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) c.row(t)[k] = scale * sum_of(sums[t][k]);
+    }
+  }
+
+  template <int rows, int ranks>
+  static PEFT_TARGET void update(Rows<float> y, Rows<const float> c, Rows<const float> m, int64_t d,
+                                 float scale, bool adds) {
+    __m512 factors[rows][ranks];
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) factors[t][k] = _mm512_set1_ps(scale * c.row(t)[k]);
+    }
+    for (int64_t j = 0; j < d; j += 16) {
+      const auto lanes = mask(d - j);
+      __m512 out[rows];
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+        out[t] = _mm512_maskz_loadu_ps(adds ? lanes : __mmask16(), y.row(t) + j);
+      }
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+        const __m512 weights = _mm512_maskz_loadu_ps(lanes, m.row(k) + j);
+        PEFT_UNROLLED for (int t = 0; t < rows; ++t) out[t] = _mm512_fmadd_ps(factors[t][k], weights, out[t]);
+      }
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) _mm512_mask_storeu_ps(y.row(t) + j, lanes, out[t]);
+    }
+  }
+
+  template <int ranks>
+  static PEFT_TARGET void outer(Rows<float> m, Rows<const float> c, Rows<const float> x, int64_t count,
+                                int64_t begin, int64_t end, float scale) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int64_t j = begin; j < end; j += 32) {
+      const auto first = mask(end - j), second = mask(end - j - 16);
+      __m512 sums[ranks][2];
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[k][0] = sums[k][1] = _mm512_setzero_ps();
+      for (int64_t t = 0; t < count; ++t) {
+        const __m512 low = _mm512_maskz_loadu_ps(first, x.row(t) + j),
+                     high = _mm512_maskz_loadu_ps(second, x.row(t) + j + 16);
+        PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+          const __m512 each = _mm512_set1_ps(c.row(t)[k]);
+          sums[k][0] = _mm512_fmadd_ps(each, low, sums[k][0]);
+          sums[k][1] = _mm512_fmadd_ps(each, high, sums[k][1]);
+        }
+      }
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+        const __m512 low = _mm512_maskz_loadu_ps(first, m.row(k) + j),
+                     high = _mm512_maskz_loadu_ps(second, m.row(k) + j + 16);
+        _mm512_mask_storeu_ps(m.row(k) + j, first, _mm512_fmadd_ps(factor, sums[k][0], low));
+        _mm512_mask_storeu_ps(m.row(k) + j + 16, second, _mm512_fmadd_ps(factor, sums[k][1], high));
+      }
+    }
+  }
+};
+#undef PEFT_TARGET
+
+#define PEFT_TARGET __attribute__((target("avx2,fma")))
+struct ThinAvx2 {
+  static constexpr int widest = 4;  ///< ranks at a time, for three rows: all 16 registers
+
+  template <int rows, int ranks>
+  static PEFT_TARGET void inner(Rows<const float> x, Rows<const float> m, Rows<float> c, int64_t d,
+                                float scale) {
+    __m256 sums[rows][ranks];
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[t][k] = _mm256_setzero_ps();
+    }
+    const auto whole = d / 8 * 8;
+    for (int64_t j = 0; j < whole; j += 8) {
+      __m256 in[rows];
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) in[t] = _mm256_loadu_ps(x.row(t) + j);
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+        const __m256 weights = _mm256_loadu_ps(m.row(k) + j);
+        PEFT_UNROLLED for (int t = 0; t < rows; ++t) sums[t][k] = _mm256_fmadd_ps(in[t], weights, sums[t][k]);
+      }
+    }
+    for (int t = 0; t < rows; ++t) {
+      for (int k = 0; k < ranks; ++k) {
+        alignas(32) float lanes[8];
+        _mm256_store_ps(lanes, sums[t][k]);
+        float sum =
+            (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+        for (int64_t j = whole; j < d; ++j) sum += x.row(t)[j] * m.row(k)[j];
+        c.row(t)[k] = scale * sum;
+      }
+    }
+  }
+
+  template <int rows, int ranks>
+  static PEFT_TARGET void update(Rows<float> y, Rows<const float> c, Rows<const float> m, int64_t d,
+                                 float scale, bool adds) {
+    __m256 factors[rows][ranks];
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) factors[t][k] = _mm256_set1_ps(scale * c.row(t)[k]);
+    }
+    const auto whole = d / 8 * 8;
+    for (int64_t j = 0; j < whole; j += 8) {
+      __m256 out[rows];
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) out[t] =
+          adds ? _mm256_loadu_ps(y.row(t) + j) : _mm256_setzero_ps();
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+        const __m256 weights = _mm256_loadu_ps(m.row(k) + j);
+        PEFT_UNROLLED for (int t = 0; t < rows; ++t) out[t] = _mm256_fmadd_ps(factors[t][k], weights, out[t]);
+      }
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) _mm256_storeu_ps(y.row(t) + j, out[t]);
+    }
+    for (int t = 0; t < rows; ++t) {
+      for (int64_t j = whole; j < d; ++j) {
+        float sum = adds ? y.row(t)[j] : 0;
+        for (int k = 0; k < ranks; ++k) sum += scale * c.row(t)[k] * m.row(k)[j];
+        y.row(t)[j] = sum;
+      }
+    }
+  }
+
+  template <int ranks>
+  static PEFT_TARGET void outer(Rows<float> m, Rows<const float> c, Rows<const float> x, int64_t count,
+                                int64_t begin, int64_t end, float scale) {
+    const __m256 factor = _mm256_set1_ps(scale);
+    auto j = begin;
+    for (; j + 16 <= end; j += 16) {
+      __m256 sums[ranks][2];
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[k][0] = sums[k][1] = _mm256_setzero_ps();
+      for (int64_t t = 0; t < count; ++t) {
+        const __m256 low = _mm256_loadu_ps(x.row(t) + j), high = _mm256_loadu_ps(x.row(t) + j + 8);
+        PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+          const __m256 each = _mm256_set1_ps(c.row(t)[k]);
+          sums[k][0] = _mm256_fmadd_ps(each, low, sums[k][0]);
+          sums[k][1] = _mm256_fmadd_ps(each, high, sums[k][1]);
+        }
+      }
+      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
+        const __m256 low = _mm256_loadu_ps(m.row(k) + j), high = _mm256_loadu_ps(m.row(k) + j + 8);
+        _mm256_storeu_ps(m.row(k) + j, _mm256_fmadd_ps(factor, sums[k][0], low));
+        _mm256_storeu_ps(m.row(k) + j + 8, _mm256_fmadd_ps(factor, sums[k][1], high));
+      }
+    }
+    for (; j < end; ++j) {
+      for (int k = 0; k < ranks; ++k) {
+        float sum = 0;
+        for (int64_t t = 0; t < count; ++t) sum += c.row(t)[k] * x.row(t)[j];
+        m.row(k)[j] += scale * sum;
+      }
+    }
+  }
+};
+#undef PEFT_TARGET
+
+/// Calls `run` with the first of some ranks and their number as a constant, for all `ranks`.
+template <int widest, class Run>
+void over_ranks(int64_t ranks, const Run& run) {
+  int64_t k = 0;
+  for (; k + widest <= ranks; k += widest) run(k, std::integral_constant<int, widest>());
+  if constexpr (widest > 4) {
+    for (; k + 4 <= ranks; k += 4) run(k, std::integral_constant<int, 4>());
+  }
+  for (; k < ranks; ++k) run(k, std::integral_constant<int, 1>());
+}
+
+/// Calls `run` with the first of some rows and their number as a constant, for all `count`, in parallel where
+/// a thread gets at least 2¹⁶ products.
+template <class Run>
+void over_rows(int64_t count, int64_t products, const Run& run) {
+  const auto grain = std::max<int64_t>(3, (int64_t{1} << 16) / std::max<int64_t>(1, products));
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    auto t = begin;
+    for (; t + 3 <= end; t += 3) run(t, std::integral_constant<int, 3>());
+    for (; t < end; ++t) run(t, std::integral_constant<int, 1>());
+  });
+}
+
+template <class Cpu>
+void thin_inner_loop(Rows<const float> x, Rows<const float> m, Rows<float> c, int64_t T, int64_t d,
+                     int64_t ranks, float scale) {
+  over_rows(T, ranks * d, [&](int64_t t, auto rows) {
+    over_ranks<Cpu::widest>(ranks, [&](int64_t k, auto some) {
+      Cpu::template inner<rows(), some()>(x.from(t), m.from(k), c.from(t, k), d, scale);
+    });
+  });
+}
+
+template <class Cpu>
+void thin_update_loop(Rows<float> y, Rows<const float> c, Rows<const float> m, int64_t T, int64_t d,
+                      int64_t ranks, float scale, bool adds) {
+  over_rows(T, ranks * d, [&](int64_t t, auto rows) {
+    over_ranks<Cpu::widest>(ranks, [&](int64_t k, auto some) {
+      Cpu::template update<rows(), some()>(y.from(t), c.from(t, k), m.from(k), d, scale, adds || k > 0);
+    });
+  });
+}
+
+template <class Cpu>
+void thin_outer_loop(Rows<float> m, Rows<const float> c, Rows<const float> x, int64_t T, int64_t d,
+                     int64_t ranks, float scale) {
+  constexpr int64_t columns = 32, rows = 512;  // rows whose pages the processor can address at once
+  const auto grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, ranks * T * columns));
+  at::parallel_for(0, (d + columns - 1) / columns, grain, [&](int64_t first, int64_t last) {
+    for (int64_t t = 0; t < T; t += rows) {
+      over_ranks<Cpu::widest>(ranks, [&](int64_t k, auto some) {
+        Cpu::template outer<some()>(m.from(k), c.from(t, k), x.from(t), std::min(rows, T - t),
+                                    first * columns, std::min(d, last * columns), scale);
+      });
+    }
+  });
+}
+
+/// Calls `run` with the kernels of this machine.
+template <class Run>
+void with_thin_kernels(const Run& run) {
+  cpu_level() == CpuLevel::avx512 ? run(ThinAvx512()) : run(ThinAvx2());
+}
+#endif
+
+/// Whether products with `ranks` ranks of such tensors have a kernel: float32 on a CPU with AVX2, and not so
+/// many ranks that the BLAS is as fast.
+inline bool has_thin_kernel([[maybe_unused]] const Tensor& like, [[maybe_unused]] int64_t ranks) {
+#if PEFT_HAS_AVX
+  return ranks <= 32 && like.is_cpu() && like.scalar_type() == torch::kFloat32 &&
+         cpu_level() != CpuLevel::scalar;
+#else
+  return false;
+#endif
+}
+
+/// Memory for a (T, ranks) matrix: each row contiguous where a kernel fills it, else as the BLAS multiplies
+/// faster; `depth`: of the product that fills it.
+inline Tensor empty_thin(int64_t T, int64_t ranks, int64_t depth, const Tensor& like) {
+  // MKL wants it turned over always; OpenBLAS where the product is not deep.
+  const bool turned = !has_thin_kernel(like, ranks) && like.is_cpu() && (at::hasMKL() || depth <= 1024);
+  return turned ? at::empty({ranks, T}, like.options()).t() : at::empty({T, ranks}, like.options());
+}
+
+/// True where a kernel takes all three.
+inline bool thin_rows(const Tensor& c, const Tensor& x, const Tensor& m) {
+  return has_thin_kernel(x, m.size(0)) && c.stride(1) == 1 && x.stride(1) == 1 && m.stride(1) == 1;
+}
+
+inline Rows<const float> rows_of(const Tensor& t) { return {t.data_ptr<float>(), t.stride(0)}; }
+inline Rows<float> written_rows_of(const Tensor& t) { return {t.data_ptr<float>(), t.stride(0)}; }
+
+/// c ← scale · x mᵀ: c (T, ranks), x (T, d), m (ranks, d).
+inline void thin_inner(Tensor c, const Tensor& x, const Tensor& m, double scale = 1) {
+#if PEFT_HAS_AVX
+  if (thin_rows(c, x, m)) {
+    return with_thin_kernels([&](auto cpu) {
+      thin_inner_loop<decltype(cpu)>(rows_of(x), rows_of(m), written_rows_of(c), x.size(0), x.size(1),
+                                     m.size(0), static_cast<float>(scale));
+    });
+  }
+#endif
+  if (c.stride(0) == 1) {
+    c.t().addmm_(m, x.t(), 0, scale);
+  } else {
+    c.addmm_(x, m.t(), 0, scale);
+  }
+}
+
+/// y ← y + scale · c m, or without `adds` y ← scale · c m: y (T, d), c (T, ranks), m (ranks, d).
+inline void thin_update(Tensor y, const Tensor& c, const Tensor& m, double scale = 1, bool adds = true) {
+#if PEFT_HAS_AVX
+  if (thin_rows(c, y, m)) {
+    return with_thin_kernels([&](auto cpu) {
+      thin_update_loop<decltype(cpu)>(written_rows_of(y), rows_of(c), rows_of(m), y.size(0), y.size(1),
+                                      m.size(0), static_cast<float>(scale), adds);
+    });
+  }
+#endif
+  y.addmm_(c, m, adds ? 1 : 0, scale);
+}
+
+/// m ← m + scale · cᵀ x: m (ranks, d), c (T, ranks), x (T, d).
+inline void thin_outer(Tensor m, const Tensor& c, const Tensor& x, double scale = 1) {
+#if PEFT_HAS_AVX
+  if (thin_rows(c, x, m)) {
+    return with_thin_kernels([&](auto cpu) {
+      thin_outer_loop<decltype(cpu)>(written_rows_of(m), rows_of(c), rows_of(x), x.size(0), x.size(1),
+                                     m.size(0), static_cast<float>(scale));
+    });
+  }
+#endif
+  m.addmm_(c.t(), x, 1, scale);
+}
+
+}  // namespace peft::internal
