@@ -8,6 +8,7 @@
 
 #include "catch.h"
 #include "io/temporary_folder.h"
+#include "peft/methods/increlora.h"
 #include "peft/train/checkpoint.h"
 #include "peft/train/optimizer.h"
 #include "train/adapted_net.h"
@@ -56,6 +57,30 @@ TEST_CASE("Clipping sees gradients without the scale, and a power of two changes
     }
     CHECK(scaler.get_scale() == (enabled ? 65536 : 1));
     return copies(adapter.parameters());
+  };
+  CHECK(difference(run(true), run(false)) == 0);
+}
+
+TEST_CASE("IncreLoRA grows by scores without the scale, which changes meanwhile", "[grad_scaler]") {
+  const auto run = [](bool enabled) {
+    torch::manual_seed(1);
+    AdaptedNet net;
+    const auto adapter = peft::add_adapter(
+        *net, peft::IncreLoraOptions(3).rank(1).incre_rank_num(1).top_h(1).init_warmup(4).incre_interval(4),
+        peft::named({"query", "key", "value"}), "grown");
+    peft::AdamW optimizer(adapter, torch::optim::AdamWOptions(1e-2));
+    peft::GradScaler scaler(peft::GradScalerOptions().enabled(enabled).init_scale(8).growth_interval(3));
+    for (int i = 0; i < 20; ++i) {
+      optimizer.zero_grad();
+      scaler.scale(net->forward(torch::ones({4, 6})).square().sum()).backward();
+      CHECK(scaler.step(optimizer));
+      scaler.update();
+    }
+    auto result = copies(adapter.parameters());
+    for (const auto& [name, tensor] : adapter.record().controllers.at(0)->state()) {
+      result.push_back(tensor.to(torch::kFloat64).clone());
+    }
+    return result;
   };
   CHECK(difference(run(true), run(false)) == 0);
 }

@@ -40,6 +40,9 @@ class Controller {
   /// The pieces it rules, in the model's order.
   virtual std::vector<const PieceImpl*> pieces() const = 0;
 
+  /// Divides by the loss's scale, given inverted, what backward left beside gradients (`GradScaler`).
+  virtual void unscale(const Tensor&) {}
+
   /// The reference's penalty term, weight included, of the tensors as they are; undefined without one.
   virtual Tensor penalty() const { return {}; }
   /// Adds the gradient of `penalty` to the parameters' gradients, in closed form.

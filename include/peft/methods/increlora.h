@@ -93,6 +93,12 @@ class RankGrower : public Controller {
     }
   }
 
+  void unscale(const Tensor& inverse) override {
+    for (const auto& piece : pieces_) {
+      if (piece->score.defined()) piece->score.mul_(inverse);
+    }
+  }
+
   NamedTensors grow(const StepContext&) override {
     for (size_t i = 0; i < pieces_.size(); ++i) {
       TORCH_CHECK(pieces_[i]->chunks() == chunks_after(grown_[i]), "'", pieces_[i]->site().path,

@@ -51,6 +51,12 @@ class AdapterOptimizer : public torch::optim::Optimizer {
   /// gradients there are.
   void drop_untouched_gradients() { storage_.drop_untouched(); }
 
+  /// Divides by the loss's scale, given inverted, what backward left for controllers beside gradients.
+  void unscale_controllers(const Tensor& inverse) {
+    const torch::NoGradGuard no_grad;
+    for (const auto& controller : controllers_) controller->unscale(inverse);
+  }
+
   /// Updates every parameter that has a gradient. Returns the closure's loss, if there is one.
   Tensor step(LossClosure closure = nullptr) override {
     torch::NoGradGuard no_grad;

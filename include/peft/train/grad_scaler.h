@@ -85,11 +85,14 @@ class GradScaler {
     TORCH_CHECK(state.stage == Stage::ready, "GradScaler::unscale: ",
                 state.stage == Stage::unscaled ? "the gradients were divided already since the last update()"
                                                : "step() came before it");
-    if (auto* own = dynamic_cast<AdapterOptimizer*>(&optimizer)) own->drop_untouched_gradients();
     std::vector<Tensor> on_gpu;
     const torch::NoGradGuard no_grad;
     // In float64, so that the inverse of a scale that float32 holds is right to the last bit.
     const auto inverse = scale_.to(torch::kFloat64).reciprocal().to(torch::kFloat32);
+    if (auto* own = dynamic_cast<AdapterOptimizer*>(&optimizer)) {
+      own->drop_untouched_gradients();
+      own->unscale_controllers(inverse);
+    }
     state.not_finite = torch::zeros({}, scale_.options());
     for (const auto& group : optimizer.param_groups()) {
       for (const auto& parameter : group.params()) {
