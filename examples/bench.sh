@@ -57,4 +57,3 @@ cmake --build "$build" -j "$(peft_jobs)" --target peft-bench >"$build/build.log"
   peft_fail "the build failed" "its whole output: $build/build.log"
 }
 "$build/examples/peft-bench" --out "$out" ${arguments[@]+"${arguments[@]}"}
-peft_say "done: $out/bench.json and $out/bench.svg"
