@@ -36,6 +36,17 @@ inline bool low_rank_sum_at(float* out, const LowRankTerms& terms, int64_t row, 
   out[at] = std::fma(product, terms.scale, terms.W[at]);
   return std::isfinite(out[at]);
 }
+/// Rows [first, last) from a column on.
+inline bool low_rank_sum_rest(float* out, const LowRankTerms& terms, int64_t first, int64_t last,
+                              int64_t column) {
+  bool finite = true;
+  for (auto row = first; row < last; ++row) {
+    for (auto rest = column; rest < terms.columns; ++rest) {
+      finite = low_rank_sum_at(out, terms, row, rest) && finite;
+    }
+  }
+  return finite;
+}
 
 #if PEFT_HAS_AVX
 /// Rows [first, last) of `out`. `stream`: past the caches, of which a large matrix would only be rinsed
@@ -75,15 +86,9 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline bool low_ra
         }
       }
     }
-    for (int i = 0; i < height; ++i) {
-      for (auto rest = column; rest < columns; ++rest)
-        finite = low_rank_sum_at(out, terms, row + i, rest) && finite;
-    }
+    finite = low_rank_sum_rest(out, terms, row, row + height, column) && finite;
   }
-  for (; row < last; ++row) {
-    for (int64_t column = 0; column < columns; ++column)
-      finite = low_rank_sum_at(out, terms, row, column) && finite;
-  }
+  finite = low_rank_sum_rest(out, terms, row, last, 0) && finite;
   _mm_sfence();
   return finite && bad == 0;
 }
@@ -124,15 +129,9 @@ __attribute__((target("avx2,fma"))) inline bool low_rank_sum_avx2(float* out, co
         }
       }
     }
-    for (int i = 0; i < height; ++i) {
-      for (auto rest = column; rest < columns; ++rest)
-        finite = low_rank_sum_at(out, terms, row + i, rest) && finite;
-    }
+    finite = low_rank_sum_rest(out, terms, row, row + height, column) && finite;
   }
-  for (; row < last; ++row) {
-    for (int64_t column = 0; column < columns; ++column)
-      finite = low_rank_sum_at(out, terms, row, column) && finite;
-  }
+  finite = low_rank_sum_rest(out, terms, row, last, 0) && finite;
   _mm_sfence();
   return finite && _mm256_testz_si256(bad, bad) == 1;
 }

@@ -206,6 +206,8 @@ struct ThinAvx2 {
 };
 #undef PEFT_TARGET
 
+#endif
+
 /// Calls `run` with the first of some ranks and their number as a constant, for all `ranks`.
 template <int widest, class Run>
 void over_ranks(int64_t ranks, const Run& run) {
@@ -264,13 +266,6 @@ void thin_outer_loop(Rows<float> m, Rows<const float> c, Rows<const float> x, in
   });
 }
 
-/// Calls `run` with the kernels of this machine.
-template <class Run>
-void with_thin_kernels(const Run& run) {
-  cpu_level() == CpuLevel::avx512 ? run(ThinAvx512()) : run(ThinAvx2());
-}
-#endif
-
 /// Whether products with `ranks` ranks of such tensors have a kernel: float32 on a CPU with AVX2, and not so
 /// many ranks that the BLAS is as fast.
 inline bool has_thin_kernel([[maybe_unused]] const Tensor& like, [[maybe_unused]] int64_t ranks) {
@@ -290,9 +285,15 @@ inline Tensor empty_thin(int64_t T, int64_t ranks, int64_t depth, const Tensor& 
   return turned ? at::empty({ranks, T}, like.options()).t() : at::empty({T, ranks}, like.options());
 }
 
-/// True where a kernel takes all three.
-inline bool thin_rows(const Tensor& c, const Tensor& x, const Tensor& m) {
-  return has_thin_kernel(x, m.size(0)) && c.stride(1) == 1 && x.stride(1) == 1 && m.stride(1) == 1;
+/// Calls `run` with the kernels of this machine where they take all three; else returns false.
+template <class Run>
+bool with_thin_kernels(const Tensor& c, const Tensor& x, const Tensor& m, [[maybe_unused]] const Run& run) {
+  if (!has_thin_kernel(x, m.size(0)) || c.stride(1) != 1 || x.stride(1) != 1 || m.stride(1) != 1)
+    return false;
+#if PEFT_HAS_AVX
+  cpu_level() == CpuLevel::avx512 ? run(ThinAvx512()) : run(ThinAvx2());
+#endif
+  return true;
 }
 
 inline Rows<const float> rows_of(const Tensor& t) { return {t.data_ptr<float>(), t.stride(0)}; }
@@ -300,14 +301,11 @@ inline Rows<float> written_rows_of(const Tensor& t) { return {t.data_ptr<float>(
 
 /// c ← scale · x mᵀ: c (T, ranks), x (T, d), m (ranks, d).
 inline void thin_inner(Tensor c, const Tensor& x, const Tensor& m, double scale = 1) {
-#if PEFT_HAS_AVX
-  if (thin_rows(c, x, m)) {
-    return with_thin_kernels([&](auto cpu) {
-      thin_inner_loop<decltype(cpu)>(rows_of(x), rows_of(m), written_rows_of(c), x.size(0), x.size(1),
-                                     m.size(0), static_cast<float>(scale));
-    });
-  }
-#endif
+  const bool done = with_thin_kernels(c, x, m, [&](auto cpu) {
+    thin_inner_loop<decltype(cpu)>(rows_of(x), rows_of(m), written_rows_of(c), x.size(0), x.size(1),
+                                   m.size(0), static_cast<float>(scale));
+  });
+  if (done) return;
   if (c.stride(0) == 1) {
     c.t().addmm_(m, x.t(), 0, scale);
   } else {
@@ -317,28 +315,20 @@ inline void thin_inner(Tensor c, const Tensor& x, const Tensor& m, double scale 
 
 /// y ← y + scale · c m, or without `adds` y ← scale · c m: y (T, d), c (T, ranks), m (ranks, d).
 inline void thin_update(Tensor y, const Tensor& c, const Tensor& m, double scale = 1, bool adds = true) {
-#if PEFT_HAS_AVX
-  if (thin_rows(c, y, m)) {
-    return with_thin_kernels([&](auto cpu) {
-      thin_update_loop<decltype(cpu)>(written_rows_of(y), rows_of(c), rows_of(m), y.size(0), y.size(1),
-                                      m.size(0), static_cast<float>(scale), adds);
-    });
-  }
-#endif
-  y.addmm_(c, m, adds ? 1 : 0, scale);
+  const bool done = with_thin_kernels(c, y, m, [&](auto cpu) {
+    thin_update_loop<decltype(cpu)>(written_rows_of(y), rows_of(c), rows_of(m), y.size(0), y.size(1),
+                                    m.size(0), static_cast<float>(scale), adds);
+  });
+  if (!done) y.addmm_(c, m, adds ? 1 : 0, scale);
 }
 
 /// m ← m + scale · cᵀ x: m (ranks, d), c (T, ranks), x (T, d).
 inline void thin_outer(Tensor m, const Tensor& c, const Tensor& x, double scale = 1) {
-#if PEFT_HAS_AVX
-  if (thin_rows(c, x, m)) {
-    return with_thin_kernels([&](auto cpu) {
-      thin_outer_loop<decltype(cpu)>(written_rows_of(m), rows_of(c), rows_of(x), x.size(0), x.size(1),
-                                     m.size(0), static_cast<float>(scale));
-    });
-  }
-#endif
-  m.addmm_(c.t(), x, 1, scale);
+  const bool done = with_thin_kernels(c, x, m, [&](auto cpu) {
+    thin_outer_loop<decltype(cpu)>(written_rows_of(m), rows_of(c), rows_of(x), x.size(0), x.size(1),
+                                   m.size(0), static_cast<float>(scale));
+  });
+  if (!done) m.addmm_(c.t(), x, 1, scale);
 }
 
 }  // namespace peft::internal
