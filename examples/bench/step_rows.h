@@ -132,7 +132,7 @@ inline void measure_step(Session& session, Row& row, const EncoderCase& shape, c
   const auto labels = torch::randint(0, 2, {shape.batch}).to(device);
 
   const auto loss_of = [=](internal::Encoder model, const Tensor& vectors = {}) {
-    peft::models::BertInputs inputs;
+    peft::models::EncoderInputs inputs;
     (vectors.defined() ? inputs.inputs_embeds : inputs.input_ids) = vectors.defined() ? vectors : ids;
     inputs.labels = labels;
     return model->forward(inputs).loss;

@@ -28,7 +28,7 @@ namespace finetune {
 /// Inputs, labels where there are any, the head's features where they were computed before, and the rows'
 /// tasks where there are several.
 struct Batch {
-  peft::models::BertInputs inputs;
+  peft::models::EncoderInputs inputs;
   Tensor labels;
   Tensor features;
   Tensor tasks = {};

@@ -67,7 +67,7 @@ class PromptVote {
   const std::vector<fs::path>& folders() const { return folders_; }
 
   /// Of all prompts, in one forward. Shapes: (prompts, rows, labels).
-  Tensor logits(const peft::models::BertInputs& inputs) {
+  Tensor logits(const peft::models::EncoderInputs& inputs) {
     const auto rows = (inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds).size(0);
     auto all = inputs;
     for (auto* tensor :

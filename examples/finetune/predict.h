@@ -155,14 +155,14 @@ struct Verdict {
   Tensor votes;  ///< the logits of prompts that vote: (prompts, rows, labels)
 };
 
-inline Verdict verdict_of(Task& task, const peft::models::BertInputs& inputs, const ChosenTask& chosen) {
+inline Verdict verdict_of(Task& task, const peft::models::EncoderInputs& inputs, const ChosenTask& chosen) {
   const peft::TaskIds ids(chosen.ids(inputs.input_ids.size(0)));
   const auto [most, classes] = task.logits(inputs).to(torch::kDouble).softmax(-1).max(-1);
   return {classes.cpu(), most.cpu(), {}};
 }
 
 /// The class most prompts choose, with the mean of its probabilities.
-inline Verdict verdict_of(PromptVote& vote, const peft::models::BertInputs& inputs) {
+inline Verdict verdict_of(PromptVote& vote, const peft::models::EncoderInputs& inputs) {
   const auto votes = vote.logits(inputs).cpu();
   const auto classes = peft::majority(votes);
   const auto probabilities = votes.softmax(-1, torch::kDouble).mean(0).gather(-1, classes.unsqueeze(-1));

@@ -288,12 +288,13 @@ class Task {
     (classifier_ ? classifier_->bert : encoder_)->gradient_checkpointing(on);
   }
 
-  peft::models::BertOutput encode(const peft::models::BertInputs& inputs) {
+  peft::models::EncoderOutput encode(const peft::models::EncoderInputs& inputs) {
     auto& encoder = classifier_ ? classifier_->bert : encoder_;
     return encoder->forward(inputs);
   }
   /// What the head sees of an encoder's output. Shapes: (batch, width).
-  Tensor features(const peft::models::BertOutput& output, const peft::models::BertInputs& inputs) const {
+  Tensor features(const peft::models::EncoderOutput& output,
+                  const peft::models::EncoderInputs& inputs) const {
     return classifier_ ? output.pooler_output
                        : peft::models::mean_pool(
                              peft::models::real_tokens(output.last_hidden_state, output.virtual_tokens),
@@ -304,7 +305,7 @@ class Task {
     if (classifier_) return classifier_->classifier->forward(classifier_->dropout->forward(features));
     return head_->head->forward(features.to(torch::kFloat32));
   }
-  Tensor logits(const peft::models::BertInputs& inputs) {
+  Tensor logits(const peft::models::EncoderInputs& inputs) {
     const peft::ForwardScope scope;
     return logits(features(encode(inputs), inputs));
   }

@@ -64,7 +64,7 @@ peft::models::BertForSequenceClassification tiny_bert(int64_t width = 8, int64_t
 }
 
 Tensor bert_loss(peft::models::BertForSequenceClassification& model, int64_t time = 6) {
-  peft::models::BertInputs inputs;
+  peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::arange(2 * time).remainder(20).view({2, time});
   inputs.attention_mask = torch::ones({2, time}, torch::kLong);
   inputs.attention_mask[1][time - 1] = 0;

@@ -91,7 +91,7 @@ TEST_CASE("No method's forward or backward asks a device for values", "[sync]") 
     auto model = peft_test::filled_classifier();
     const auto adapter = peft::add_adapter(*model, {part}, "a");
     model->train();
-    peft_test::BertInputs inputs;
+    peft_test::EncoderInputs inputs;
     inputs.input_ids = peft_test::batch().input_ids;
     for (const bool checkpoints : {false, true}) {
       for (const bool fast : {false, true}) {

@@ -45,11 +45,12 @@ Base open(Model model) {
 Base open_base(const std::string& model, const std::string& folder) {
   using namespace peft::models;
   if (model == "BertForSequenceClassification")
-    return open<BertForSequenceClassification, BertInputs>(
+    return open<BertForSequenceClassification, EncoderInputs>(
         BertForSequenceClassification::from_pretrained(folder));
   if (model == "BertForTokenClassification")
-    return open<BertForTokenClassification, BertInputs>(BertForTokenClassification::from_pretrained(folder));
-  if (model == "BertModel") return open<BertModel, BertInputs>(BertModel::from_pretrained(folder));
+    return open<BertForTokenClassification, EncoderInputs>(
+        BertForTokenClassification::from_pretrained(folder));
+  if (model == "BertModel") return open<BertModel, EncoderInputs>(BertModel::from_pretrained(folder));
   if (model == "GPT2Model") return open<GPT2Model, GPT2Inputs>(GPT2Model::from_pretrained(folder));
   return open<GPT2LMHeadModel, GPT2Inputs>(GPT2LMHeadModel::from_pretrained(folder));
 }

@@ -77,7 +77,7 @@ Base open_base(const std::filesystem::path& folder) {
   if (std::filesystem::exists(folder / "config.json")) {
     auto model = peft::models::BertForSequenceClassification::from_pretrained(folder);
     return {model.ptr(), [model, optional](const auto& inputs) mutable {
-              peft::models::BertInputs batch;
+              peft::models::EncoderInputs batch;
               batch.input_ids = inputs.at("input_ids");
               batch.attention_mask = inputs.at("attention_mask");
               batch.token_type_ids = optional(inputs, "token_type_ids");

@@ -98,8 +98,8 @@ using Classifier = peft::models::BertForSequenceClassification;
 void open(Classifier& model, const std::string& folder) {
   model = Classifier::from_pretrained(folder, {}, double_precision);
 }
-peft::models::BertInputs batch_of(Classifier&) { return {}; }
-Tensor loss_of(Classifier& model, const peft::models::BertInputs& batch) {
+peft::models::EncoderInputs batch_of(Classifier&) { return {}; }
+Tensor loss_of(Classifier& model, const peft::models::EncoderInputs& batch) {
   return model->forward(batch).loss;
 }
 

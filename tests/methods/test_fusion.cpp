@@ -38,8 +38,8 @@ void fill(const peft::Adapter& fusion) {
   }
 }
 
-peft::models::BertInputs texts() {
-  peft::models::BertInputs inputs;
+peft::models::EncoderInputs texts() {
+  peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{5, 3, 19, 7}, {1, 2, 0, 0}, {4, 8, 15, 16}});
   inputs.attention_mask = torch::tensor({{1, 1, 1, 1}, {1, 1, 0, 0}, {1, 1, 1, 1}});
   return inputs;
@@ -160,7 +160,7 @@ TEST_CASE("A fusion's gradients are those of its forward", "[fusion]") {
   const auto fusion = peft::add_fusion(*model, options);
   CHECK(fusion.sites().size() == (kind == 2 ? 2U : 4U));
   fill(fusion);
-  peft::models::BertInputs inputs;
+  peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{5, 3, 19}, {1, 2, 7}});
   torch::manual_seed(5);
   const auto weights = torch::randn({2, 3}, torch::kFloat64);

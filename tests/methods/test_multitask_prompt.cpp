@@ -127,7 +127,7 @@ TEST_CASE("Multitask prompts ask which task a row is of", "[multitask_prompt]") 
     return model->forward(batch()).logits;
   }();
   const peft::TaskIds second(torch::tensor({0}));
-  peft::models::BertInputs alone;
+  peft::models::EncoderInputs alone;
   alone.input_ids = batch().input_ids.slice(0, 1, 2).slice(1, 0, 2);
   CHECK(largest(model->forward(alone).logits, whole.slice(0, 1, 2)) < 1e-6);
 }
@@ -145,7 +145,7 @@ TEST_CASE("An ensemble of prompts is each of them in one forward, and votes", "[
   }
   const peft::PromptEnsemble ensemble(*model, names);
   const auto inputs = batch();
-  peft::models::BertInputs repeated;
+  peft::models::EncoderInputs repeated;
   repeated.input_ids = ensemble.repeat(inputs.input_ids);
   repeated.attention_mask = ensemble.repeat(inputs.attention_mask);
   repeated.token_type_ids = ensemble.repeat(inputs.token_type_ids);

@@ -155,7 +155,7 @@ TEST_CASE("A prompt's model gives padded batches what it gives texts alone", "[p
     auto model = filled_classifier();
     peft::add_adapter(*model, options, peft::all());
     const auto padded = model->forward(batch());
-    peft::models::BertInputs alone;
+    peft::models::EncoderInputs alone;
     alone.input_ids = batch().input_ids.slice(0, 1, 2).slice(1, 0, 2);
     CHECK(largest(model->forward(alone).logits, padded.logits.slice(0, 1, 2)) < 1e-6);
 

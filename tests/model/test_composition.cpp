@@ -20,7 +20,7 @@ using peft::Fuse;
 using peft::Parallel;
 using peft::Split;
 using peft::Stack;
-using peft_test::BertInputs;
+using peft_test::EncoderInputs;
 using Names = std::vector<std::string>;
 using Parts = std::vector<Composition>;
 
@@ -33,8 +33,8 @@ void wave(const Tensor& tensor, double k, double size) {
   Tensor(tensor).copy_((size * (0.7 * at + k).sin()).reshape(tensor.sizes()));
 }
 
-BertInputs texts() {
-  BertInputs inputs;
+EncoderInputs texts() {
+  EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{5, 3, 19, 7}, {1, 2, 0, 0}, {4, 8, 15, 16}});
   inputs.attention_mask = torch::tensor({{1, 1, 1, 1}, {1, 1, 0, 0}, {1, 1, 1, 1}});
   return inputs;
@@ -117,7 +117,7 @@ std::vector<Composition> compositions() {
           average({split({"a", "b"}), "c"})};
 }
 
-Tensor logits(Bert& model, const BertInputs& inputs = texts()) {
+Tensor logits(Bert& model, const EncoderInputs& inputs = texts()) {
   return model->forward(inputs).logits.detach();
 }
 

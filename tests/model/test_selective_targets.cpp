@@ -91,7 +91,7 @@ TEST_CASE("The top layers are the last blocks, and the norm after them", "[top_l
   peft::train_also(adapter, *model, peft::named({"classifier"}));
 
   // Nothing is computed for the blocks below: their output has no graph.
-  peft::models::BertInputs inputs;
+  peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{1, 2, 3}});
   inputs.output_hidden_states = true;
   const auto states = model->bert->forward(inputs).hidden_states;
@@ -126,7 +126,7 @@ TEST_CASE("A probed backbone can stay in evaluation mode while the head trains",
   CHECK_FALSE(model->is_training());
   CHECK_FALSE(model->bert->embeddings->dropout->is_training());
   CHECK(model->classifier->is_training());
-  peft::models::BertInputs inputs;
+  peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{1, 2, 3}});
   const auto logits = model->forward(inputs).logits;
   CHECK(torch::equal(model->forward(inputs).logits, logits));  // no dropout

@@ -9,7 +9,7 @@ using peft::Composed;
 using peft::Insertion;
 using peft::Modifies;
 using peft::Unified;
-using peft_test::BertInputs;
+using peft_test::EncoderInputs;
 
 namespace {
 
@@ -26,7 +26,7 @@ peft::models::BertModel model() {
 Tensor run(peft::models::BertModel& bert) {
   const auto ids = torch::tensor({{3, 1, 4, 1, 5}, {9, 2, 6, 0, 0}});
   const auto mask = torch::tensor({{1, 1, 1, 1, 1}, {1, 1, 1, 0, 0}});
-  BertInputs inputs;
+  EncoderInputs inputs;
   inputs.input_ids = ids;
   inputs.attention_mask = mask;
   return bert->forward(inputs).last_hidden_state;

@@ -33,7 +33,7 @@ void run_batches(Model& model, const std::string& in, const std::string& out) {
       const auto found = inputs.find(prefix + name);
       return found == inputs.end() ? torch::Tensor() : found->second;
     };
-    peft::models::BertInputs batch;
+    peft::models::EncoderInputs batch;
     batch.input_ids = given("input_ids");
     batch.inputs_embeds = given("inputs_embeds");
     batch.attention_mask = given("attention_mask");

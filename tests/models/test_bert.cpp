@@ -75,11 +75,11 @@ TEST_CASE("Padding does not change what real tokens give", "[bert]") {
   const torch::NoGradGuard no_grad;
   BertModel model(tiny());
   model->eval();
-  BertInputs alone;
+  EncoderInputs alone;
   alone.input_ids = torch::randint(20, {1, 5});
   const auto expected = model->forward(alone);
 
-  BertInputs padded;
+  EncoderInputs padded;
   padded.input_ids = torch::cat(
       {torch::cat({alone.input_ids, torch::zeros({1, 3}, torch::kLong)}, 1), torch::randint(20, {1, 8})});
   padded.attention_mask = torch::ones({2, 8}, torch::kLong);
@@ -111,7 +111,7 @@ TEST_CASE("Padding does not change what real tokens give", "[bert]") {
 TEST_CASE("What is absent has transformers' defaults", "[bert]") {
   const torch::NoGradGuard no_grad;
   auto model = filled_classifier();
-  BertInputs inputs;
+  EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{5, 3, 19}, {1, 2, 4}});
   const auto expected = model->forward(inputs).logits;
   inputs.token_type_ids = torch::zeros({2, 3}, torch::kLong);

@@ -21,7 +21,7 @@ BertForTokenClassification filled_tagger() {
   return model;
 }
 
-BertInputs labelled_batch() {
+EncoderInputs labelled_batch() {
   auto inputs = batch();
   inputs.labels = torch::tensor({{2, 0, -100, 1}, {1, 1, -100, -100}});
   return inputs;

@@ -12,7 +12,7 @@ namespace peft_test {
 
 using peft::models::BertConfig;
 using peft::models::BertForSequenceClassification;
-using peft::models::BertInputs;
+using peft::models::EncoderInputs;
 
 inline BertConfig tiny() {
   return BertConfig()
@@ -61,8 +61,8 @@ inline BertForSequenceClassification filled_classifier() {
   return model;
 }
 
-inline BertInputs batch() {
-  BertInputs inputs;
+inline EncoderInputs batch() {
+  EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{5, 3, 19, 7}, {1, 2, 0, 0}});
   inputs.attention_mask = torch::tensor({{1, 1, 1, 1}, {1, 1, 0, 0}});
   inputs.token_type_ids = torch::tensor({{0, 0, 1, 1}, {0, 0, 0, 0}});

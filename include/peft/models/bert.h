@@ -54,11 +54,11 @@ class BertModelImpl : public nn::Cloneable<BertModelImpl>, public Pretrained {
     pooler = has_pooler ? register_module("pooler", BertPooler(config)) : BertPooler(nullptr);
   }
 
-  BertOutput forward(const BertInputs& inputs) {
+  EncoderOutput forward(const EncoderInputs& inputs) {
     const ForwardScope scope;
     const auto embedded = embeddings->forward(inputs);
     const auto bias = peft::internal::attention_bias(embedded.mask, embedded.values.scalar_type());
-    BertOutput output;
+    EncoderOutput output;
     output.virtual_tokens = embedded.virtual_tokens;
     output.last_hidden_state = encoder->forward(
         embedded.values, bias, inputs.output_hidden_states ? &output.hidden_states : nullptr);
@@ -142,7 +142,7 @@ class BertClassifier : public nn::Cloneable<Derived>, public Pretrained {
 
  protected:
   /// As often as an active `Parallel` repeats the texts.
-  Tensor repeated_labels(const BertInputs& inputs) {
+  Tensor repeated_labels(const EncoderInputs& inputs) {
     return peft::internal::repeated(inputs.labels, bert->embeddings->input->branches());
   }
 };
@@ -154,7 +154,7 @@ class BertForSequenceClassificationImpl : public BertClassifier<BertForSequenceC
   using BertClassifier::BertClassifier;
   static constexpr bool with_pooler = true;
 
-  BertOutput forward(const BertInputs& inputs) {
+  EncoderOutput forward(const EncoderInputs& inputs) {
     const ForwardScope scope;
     auto output = bert->forward(inputs);
     output.logits = classifier->forward(dropout->forward(output.pooler_output));
@@ -199,7 +199,7 @@ class BertForTokenClassificationImpl : public BertClassifier<BertForTokenClassif
   using BertClassifier::BertClassifier;
   static constexpr bool with_pooler = false;
 
-  BertOutput forward(const BertInputs& inputs) {
+  EncoderOutput forward(const EncoderInputs& inputs) {
     const ForwardScope scope;
     auto output = bert->forward(inputs);
     output.logits = classifier->forward(dropout->forward(output.last_hidden_state));

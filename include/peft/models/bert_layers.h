@@ -1,4 +1,4 @@
-// What a BERT is made of: its inputs and outputs, embeddings, attention, blocks and pooler, built from sites.
+// What a BERT is made of: its embeddings, attention, blocks and pooler, built from sites.
 #pragma once
 
 #include "peft/core/activation.h"
@@ -19,27 +19,6 @@
 #include <vector>
 
 namespace peft::models {
-
-/// One batch. Undefined members are absent.
-struct BertInputs {
-  Tensor input_ids;                   ///< (batch, time), or:
-  Tensor inputs_embeds;               ///< (batch, time, hidden), word vectors
-  Tensor attention_mask;              ///< (batch, time), 0 where a token is padding; absent: none is
-  Tensor token_type_ids;              ///< (batch, time); absent: all 0
-  Tensor position_ids;                ///< (batch or 1, time); absent: 0, 1, 2, …
-  Tensor labels;                      ///< asks the head for a loss: `classification_loss`, `token_loss`
-  bool output_hidden_states = false;  ///< asks for `BertOutput::hidden_states`
-};
-
-/// What a forward gives. Undefined members are those the model does not have or was not asked for.
-struct BertOutput {
-  Tensor last_hidden_state;           ///< (batch, time, hidden)
-  Tensor pooler_output;               ///< (batch, hidden)
-  std::vector<Tensor> hidden_states;  ///< of the embeddings and of every layer
-  Tensor logits;                      ///< (batch, labels), or of each token: (batch, time, labels)
-  Tensor loss;                        ///< a scalar
-  Tensor virtual_tokens;              ///< (batch or 1, time), true for those of a prompt; see `real_tokens`
-};
 
 // The parts of the model. Their weights have no values until the model they belong to draws or loads them.
 
@@ -76,7 +55,7 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
   }
 
   /// The hidden states and the mask that belongs to them.
-  Embedded forward(const BertInputs& inputs) {
+  Embedded forward(const EncoderInputs& inputs) {
     check(inputs);
     const auto batch = (inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds).size(0);
     const auto each_branch = [times = input->branches(), batch](const Tensor& rows) {
@@ -114,7 +93,7 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
   EmbeddingOutput output{nullptr};
 
  private:
-  void check(const BertInputs& inputs) const {
+  void check(const EncoderInputs& inputs) const {
     TORCH_CHECK_VALUE(inputs.input_ids.defined() != inputs.inputs_embeds.defined(),
                       "BertModel: expected either input_ids or inputs_embeds, but got ",
                       inputs.input_ids.defined() ? "both" : "neither");

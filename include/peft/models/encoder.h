@@ -1,4 +1,4 @@
-// What the families of encoders share: the attention bias, pooling, classification
+// What the families of encoders share: inputs and outputs, the attention bias, pooling, classification
 // losses.
 #pragma once
 
@@ -116,6 +116,27 @@ enum class ProblemType : std::uint8_t { automatic, regression, single_label, mul
 using peft::activation_function;
 using peft::activation_functions;
 using peft::ActivationFunction;
+
+/// One batch. Undefined members are absent.
+struct EncoderInputs {
+  Tensor input_ids;                   ///< (batch, time), or:
+  Tensor inputs_embeds;               ///< (batch, time, hidden), word vectors
+  Tensor attention_mask;              ///< (batch, time), 0 where a token is padding; absent: none is
+  Tensor token_type_ids;              ///< (batch, time); absent: all 0
+  Tensor position_ids;                ///< (batch or 1, time); absent: 0, 1, 2, …
+  Tensor labels;                      ///< asks the head for a loss: `classification_loss`, `token_loss`
+  bool output_hidden_states = false;  ///< asks for `EncoderOutput::hidden_states`
+};
+
+/// What a forward gives. Undefined members are those the model does not have or was not asked for.
+struct EncoderOutput {
+  Tensor last_hidden_state;           ///< (batch, time, hidden)
+  Tensor pooler_output;               ///< (batch, hidden)
+  std::vector<Tensor> hidden_states;  ///< of the embeddings and of every layer
+  Tensor logits;                      ///< (batch, labels), or of each token: (batch, time, labels)
+  Tensor loss;                        ///< a scalar
+  Tensor virtual_tokens;              ///< (batch or 1, time), true for those of a prompt; see `real_tokens`
+};
 
 /// What a model gives for each token, without the virtual ones that a prompt put into the text.
 /// Shapes: tensor (batch, time, …); virtual_tokens (batch or 1, time), as in a model's output; undefined:
