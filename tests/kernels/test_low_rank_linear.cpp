@@ -79,6 +79,14 @@ LowRankLinear layer(int64_t in, int64_t out, int64_t rank, bool bias, bool diago
   return {{random({out, in}, type), bias ? random({out}, type) : Tensor()}, term};
 }
 
+/// The mask that a layer draws after this seed.
+Tensor mask_of(double rate, uint64_t seed, at::IntArrayRef shape, torch::ScalarType type) {
+  torch::manual_seed(seed);
+  const auto mask = torch::zeros(shape, type);
+  HashDropout::draw(rate).mask(0, torch::ones_like(mask), mask);
+  return mask;
+}
+
 /// x and the factors.
 Tensors leaves(const Tensor& x, const Layers& layers) {
   Tensors result;
@@ -364,6 +372,14 @@ TEST_CASE("The low-rank node leaves to the composed form what it has no answer f
   CHECK_FALSE(fits(x, other));
   CHECK_FALSE(fits(x.to(torch::kFloat32), one));
   CHECK_FALSE(fits(random({3, 6}), one));
+  auto half = layer(5, 4, 2, true, false, 0, torch::kFloat32);
+  CHECK_FALSE(fits(x.to(torch::kBFloat16), half));
+  half.linear = {half.linear.weight.to(torch::kBFloat16), half.linear.bias.to(torch::kBFloat16)};
+  CHECK_FALSE(fits(x.to(torch::kFloat32), half));
+  {
+    const CpuLevelGuard no_kernel(CpuLevel::scalar);
+    CHECK_FALSE(fits(x.to(torch::kBFloat16), half));
+  }
   other = one;
   other.term.reset();
   CHECK_FALSE(fits(x, other));
@@ -380,22 +396,96 @@ TEST_CASE("The low-rank node leaves to the composed form what it has no answer f
 TEST_CASE("Half types run through the low-rank node where all tensors are of one", "[low_rank_linear]") {
   torch::manual_seed(6);
   const auto type = torch::kBFloat16;
-  const Layers one{layer(16, 8, 4, true, false, 0, type)};
-  CHECK(error(random({6, 16}, type).requires_grad_(), one, {}, 0, /*twice=*/false) < 0.05);
-  const Layers dropped{layer(16, 8, 4, true, false, 0.5, type)};
-  CHECK_FALSE(peft::internal::low_rank_linear(random({6, 16}, type), dropped));  // no kernel
+  const double rate = GENERATE(0.0, 0.5);
+  const auto masks = rate > 0 ? Tensors{mask_of(rate, 9, {6, 16}, type)} : Tensors();
+  const Layers one{layer(16, 8, 4, true, false, rate, type)};
+  CHECK(error(random({6, 16}, type).requires_grad_(), one, masks, 9, /*twice=*/false) < 0.05);
+}
+
+TEST_CASE("The low-rank node takes factors in float32 beside a layer in bfloat16", "[low_rank_linear]") {
+  torch::manual_seed(6);
+  const auto type = torch::kBFloat16;
+  const auto level = GENERATE(CpuLevel::avx2, CpuLevel::avx512);
+  const CpuLevelGuard guard(level);
+  if (peft::internal::cpu_level() == CpuLevel::scalar) return;  // has no kernel
+  const double rate = GENERATE(0.0, 0.4);
+  const int64_t rows = GENERATE(as<int64_t>(), 5, 900), width = rows == 5 ? 12 : 400;  // blocks: 327 rows
+  const auto mixed_layer = [&](int64_t out, int64_t rank, bool diagonal) {
+    auto one = layer(width, out, rank, true, diagonal, rate, torch::kFloat32);
+    one.linear.weight = (one.linear.weight * 0.1).to(type);
+    one.linear.bias = one.linear.bias.to(type);
+    return one;
+  };
+  const Layers group{mixed_layer(24, 4, false), mixed_layer(7, 30, true)};
+  const auto x = random({rows, width}, type).requires_grad_();
+  torch::manual_seed(9);
+  Tensors masks;
+  for (size_t k = 0; k < group.size() && rate > 0; ++k) {
+    masks.push_back(torch::zeros({rows, width}, torch::kFloat64));
+    HashDropout::draw(rate).mask(0, torch::ones_like(masks.back()), masks.back());
+  }
+  // The same in float64, of the same values.
+  const auto wide = [](const Tensor& t) {
+    return t.defined() ? t.detach().to(torch::kFloat64).requires_grad_(t.requires_grad()) : t;
+  };
+  Layers exact;
+  for (const auto& [linear, term] : group) {
+    exact.push_back({{wide(linear.weight), wide(linear.bias)},
+                     LowRankTerm{wide(term->A), wide(term->B), wide(term->E), term->scale, rate, {}}});
+  }
+  const auto exact_x = wide(x);
+  const auto expected = composed(exact_x, exact, masks);
+  torch::manual_seed(9);
+  const auto ours = *peft::internal::low_rank_linear(x, group);
+  const auto off = [](const Tensor& value, const Tensor& truth) {
+    return ((value.to(torch::kFloat64) - truth).norm() / truth.norm()).item<double>();
+  };
+  Tensors gradients, exact_gradients;
+  for (size_t k = 0; k < ours.size(); ++k) {
+    CHECK(ours[k].scalar_type() == type);
+    CHECK(off(ours[k], expected[k]) < 0x1p-8);
+    gradients.push_back(random(ours[k].sizes().vec(), type));
+    exact_gradients.push_back(gradients.back().to(torch::kFloat64));
+  }
+  const auto inputs = leaves(x, group);
+  const auto own = torch::autograd::grad(ours, inputs, gradients, /*retain_graph=*/true);
+  const auto truth = torch::autograd::grad(expected, leaves(exact_x, exact), exact_gradients);
+  // Through operations that have a history.
+  const auto again = torch::autograd::grad(ours, inputs, gradients, true, /*create_graph=*/true);
+  for (size_t i = 0; i < own.size(); ++i) {
+    INFO("gradient " << i);
+    CHECK(own[i].scalar_type() == inputs[i].scalar_type());
+    CHECK(off(own[i], truth[i]) < (i == 0 ? 0x1p-8 : 1e-5));
+    CHECK(off(again[i], truth[i]) < (i == 0 ? 0x1p-7 : 1e-5));
+  }
+}
+
+TEST_CASE("A score on a base in bfloat16 is that of its update and the gradient of its weight",
+          "[low_rank_linear]") {
+  if (peft::internal::cpu_level() == CpuLevel::scalar) return;
+  torch::manual_seed(12);
+  auto one = layer(40, 30, 3, false, true, 0, torch::kFloat32);
+  one.linear.weight = one.linear.weight.to(torch::kBFloat16);
+  one.term->score = torch::zeros({});
+  const auto x = random({9, 40}, torch::kBFloat16), g = random({9, 30}, torch::kBFloat16);
+  peft::internal::low_rank_linear(x, {one})->front().backward(g);
+  const auto change = 0.7 * at::mm(one.term->B, one.term->A * one.term->E).detach();
+  const auto G = at::mm(g.to(torch::kFloat32).t(), x.to(torch::kFloat32));
+  const auto expected = (change * G).abs().sum().item<double>() / std::sqrt(40.0 * 30.0);
+  CHECK_THAT(one.term->score.item<double>(), WithinRel(expected, 1e-2));
 }
 
 TEST_CASE("A hash dropout keeps elements independently, at its rate", "[hash_dropout]") {
   const int64_t rows = 1000, columns = 1003;
   const auto n = static_cast<double>(rows * columns);
   const double p = GENERATE(0.05, 0.3, 0.9);
-  const auto mask_of = [&](uint64_t seed) {
-    const auto mask = torch::empty({rows, columns});
+  const auto type = GENERATE(torch::kFloat32, torch::kBFloat16, torch::kFloat16);
+  const auto mask_after = [&](uint64_t seed) {
+    const auto mask = torch::empty({rows, columns}, type);
     HashDropout(p, seed).mask(0, torch::ones_like(mask), mask);
     return mask.to(torch::kFloat64);
   };
-  const auto mask = mask_of(1);
+  const auto mask = mask_after(1);
   const double variance = p * (1 - p);
   CHECK(std::abs(mask.mean().item<double>() - (1 - p)) < 5 * std::sqrt(variance / n));
   // Sums over rows and columns spread as binomial ones do.
@@ -412,7 +502,7 @@ TEST_CASE("A hash dropout keeps elements independently, at its rate", "[hash_dro
            std::sqrt(static_cast<double>(a.numel()));
   };
   for (const uint64_t seed : {0ULL, 2ULL, 3ULL, 1ULL << 32, 0x9e3779b97f4a7c16ULL}) {
-    CHECK(std::abs(correlation(mask, mask_of(seed))) < 5);
+    CHECK(std::abs(correlation(mask, mask_after(seed))) < 5);
   }
   for (const int64_t lag : {1, 2, 7, 8, 16}) {
     const auto from = [&](int64_t dim, int64_t start) {
@@ -449,6 +539,18 @@ TEST_CASE("A hash dropout is the same in vectors, in a loop, in every type and b
   const auto wide = torch::empty({37, 29}, torch::kFloat64);
   dropout.mask(5, x.to(torch::kFloat64), wide);
   CHECK(torch::equal(wide.to(torch::kFloat32), dropped));
+  for (const auto half : {torch::kBFloat16, torch::kFloat16}) {
+    const auto own = x.to(half), before = random({37, 29}, half);
+    for (const auto addend : {half, torch::kFloat32}) {
+      for (const auto level : {CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512}) {
+        const CpuLevelGuard guard(level);
+        const auto into = torch::empty_like(own), sum = before.clone(), added = update.to(addend);
+        dropout.mask(5, own, into, added, sum);
+        CHECK(torch::equal(into, own * mask.to(half)));
+        CHECK(torch::equal(sum, (before.to(torch::kFloat32) + added.to(torch::kFloat32) * mask).to(half)));
+      }
+    }
+  }
   const auto block = torch::empty({10, 29});
   dropout.mask(5 + 20, x.narrow(0, 20, 10), block);
   CHECK(torch::equal(block, dropped.narrow(0, 20, 10)));

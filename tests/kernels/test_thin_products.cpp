@@ -34,10 +34,17 @@ struct Framed {
   Tensor whole, middle;
 };
 
-void check_products(int64_t T, int64_t d, int64_t ranks, torch::ScalarType type) {
-  INFO("T " << T << ", d " << d << ", ranks " << ranks << ", " << type);
+/// `type`: of the short side; `side`: of the long one.
+void check_products(int64_t T, int64_t d, int64_t ranks, torch::ScalarType type, torch::ScalarType side) {
+  INFO("T " << T << ", d " << d << ", ranks " << ranks << ", " << type << " and " << side);
   const double tolerance = type == torch::kFloat64 ? 1e-12 : 2e-6 * static_cast<double>(T + d + ranks);
-  const Framed x(T, d, type), m(ranks, d, type);
+  // Half an ulp: what is written is rounded once.
+  const double ulp = side == torch::kBFloat16 ? 0x1p-9 : side == torch::kFloat16 ? 0x1p-12 : 0;
+  const auto rounds_to = [&](const Tensor& value, const Tensor& exact) {
+    const auto error = (value.to(torch::kFloat64) - exact).abs();
+    return (error <= 10 * tolerance + 2 * ulp * exact.abs()).all().item<bool>();
+  };
+  const Framed x(T, d, side), m(ranks, d, type);
   const auto wide = [](const Framed& framed) {
     return framed.middle.to(torch::kFloat64, false, /*copy=*/true);
   };
@@ -47,15 +54,15 @@ void check_products(int64_t T, int64_t d, int64_t ranks, torch::ScalarType type)
   CHECK(distance(c.middle, 0.5 * torch::mm(wide(x), wide(m).t())) < tolerance);
   CHECK(c.frame_is_whole());
 
-  const Framed y(T, d, type);
+  const Framed y(T, d, side);
   const auto before = wide(y);
   peft::internal::thin_update(y.middle, c.middle, m.middle, -0.25);
-  CHECK(distance(y.middle, before - 0.25 * torch::mm(wide(c), wide(m))) < tolerance);
+  CHECK(rounds_to(y.middle, before - 0.25 * torch::mm(wide(c), wide(m))));
   CHECK(y.frame_is_whole());
 
-  const Framed fresh(T, d, type, /*filled=*/false);
+  const Framed fresh(T, d, side, /*filled=*/false);
   peft::internal::thin_update(fresh.middle, c.middle, m.middle, 2, /*adds=*/false);
-  CHECK(distance(fresh.middle, 2 * torch::mm(wide(c), wide(m))) < 10 * tolerance);
+  CHECK(rounds_to(fresh.middle, 2 * torch::mm(wide(c), wide(m))));
 
   const Framed sum(ranks, d, type);
   const auto start = wide(sum);
@@ -70,14 +77,61 @@ TEST_CASE("Thin products give what float64 gives, whatever the shape, and write 
   torch::manual_seed(1);
   const auto level = GENERATE(CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512);
   const peft::internal::CpuLevelGuard guard(level);
+  const auto check_float = [](int64_t T, int64_t d, int64_t ranks, torch::ScalarType side = torch::kFloat32) {
+    check_products(T, d, ranks, torch::kFloat32, side);
+  };
   for (const int64_t T : {1, 2, 3, 7, 40}) {
     for (const int64_t d : {1, 7, 8, 16, 31, 33, 65}) {
-      for (const int64_t ranks : {1, 3, 4, 8, 13}) check_products(T, d, ranks, torch::kFloat32);
+      for (const int64_t ranks : {1, 3, 4, 8, 13}) check_float(T, d, ranks);
     }
   }
-  check_products(600, 100, 12, torch::kFloat32);  // rows in two blocks
-  check_products(5, 40, 70, torch::kFloat32);     // more ranks than the kernels take
-  check_products(9, 33, 5, torch::kFloat64);
+  check_float(600, 100, 12);  // rows in two blocks
+  check_float(5, 40, 70);     // more ranks than the kernels take
+  check_products(9, 33, 5, torch::kFloat64, torch::kFloat64);
+  for (const auto half : {torch::kBFloat16, torch::kFloat16}) {
+    for (const int64_t d : {1, 8, 31, 33, 65}) {
+      for (const int64_t T : {1, 7}) check_float(T, d, 5, half);
+    }
+    check_float(600, 100, 12, half);
+    check_float(5, 40, 70, half);
+  }
+}
+
+TEST_CASE("Lanes of half types are rounded as LibTorch rounds them") {
+  std::vector<float> values{0,
+                            -0.0F,
+                            1,
+                            1.00390625F,
+                            1.01171875F,
+                            3.4e38F,
+                            -65519.0F,
+                            65520.0F,
+                            1e-40F,
+                            6e-8F,
+                            2.9e-8F,
+                            3.0e-8F,
+                            -1e-7F,
+                            0.1F,
+                            std::numeric_limits<float>::infinity(),
+                            -std::numeric_limits<float>::infinity()};
+  const auto y = torch::tensor(values).view({1, 16}), none = torch::zeros({1, 16});
+  const auto one = torch::ones({1, 1});
+  for (const auto level : {CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512}) {
+    const peft::internal::CpuLevelGuard guard(level);
+    for (const auto half : {torch::kBFloat16, torch::kFloat16}) {
+      const auto rounded = torch::empty({1, 16}, half);
+      peft::internal::thin_update(rounded, one, y, 1, /*adds=*/false);
+      CHECK(torch::equal(rounded, y.to(half)));
+      peft::internal::thin_update(rounded, one, none);
+      CHECK(torch::equal(rounded, y.to(half)));
+    }
+  }
+  const auto nan = torch::full({1, 16}, std::numeric_limits<float>::quiet_NaN());
+  for (const auto half : {torch::kBFloat16, torch::kFloat16}) {
+    const auto rounded = torch::zeros({1, 16}, half);
+    peft::internal::thin_update(rounded, one, nan);
+    CHECK(rounded.isnan().all().item<bool>());
+  }
 }
 
 TEST_CASE("Thin products take a short side that lies turned over, as the BLAS wants it") {

@@ -7,6 +7,7 @@
 #include "peft/core/adapted.h"
 #include "peft/core/checkpointing.h"
 #include "peft/kernels/fast_paths.h"
+#include "peft/kernels/hash_dropout.h"
 #include "peft/kernels/shadow.h"
 #include "peft/methods/lora.h"
 #include "peft/model/add_adapter.h"
@@ -14,6 +15,8 @@
 #include "peft/train/optimizer.h"
 
 namespace nn = torch::nn;
+using peft::internal::CpuLevel;
+using peft::internal::CpuLevelGuard;
 using torch::Tensor;
 
 namespace {
@@ -30,17 +33,38 @@ struct NetImpl : nn::Module {
 };
 TORCH_MODULE(Net);
 
+/// `Net` as Hugging Face's LoRA runs it: the input cast to the factors' type, dropped, multiplied, scaled and
+/// added, the sum cast back; with the masks that the fast form draws.
+Tensor composed(const Net& net, const peft::Adapter& adapter, const Tensor& x, double rate) {
+  const auto pieces = adapter.layers<peft::LoraImpl>();
+  const auto run = [&](const peft::Linear& layer, const peft::LoraImpl& piece, const Tensor& input) {
+    const auto y = at::linear(input, layer->base->weight, layer->base->bias);
+    auto in = input.to(piece.lora_A.scalar_type());
+    if (rate > 0) {
+      const auto mask = torch::empty(in.sizes(), in.options());
+      peft::internal::HashDropout::draw(rate).mask(0, torch::ones_like(mask), mask);
+      in = in * mask / (1 - rate);
+    }
+    const auto update = at::linear(at::linear(in, piece.lora_A), piece.lora_B) * piece.scaling();
+    return (y + update).to(y.scalar_type());
+  };
+  return run(net->second, *pieces.at(1), at::gelu(run(net->first, *pieces.at(0), x)));
+}
+
 struct Trained {
   Tensor first, last, delta;  ///< outputs before and after, the first layer's ΔW
 };
 
-/// A hundred steps towards the same targets, the adapter's start the same in every type.
-Trained train(torch::ScalarType type, bool fast) {
-  const peft::FastPaths paths(fast);
+/// A hundred steps towards the same targets, the adapter's start and masks the same in every type.
+Trained train(torch::ScalarType type, bool fast, int64_t rank, double rate) {
   torch::manual_seed(3);
   Net net(type);
-  auto adapter =
-      peft::add_adapter(*net, peft::LoraOptions(4).alpha(8).init(peft::LoraInit::random), peft::all());
+  auto adapter = peft::add_adapter(
+      *net, peft::LoraOptions(rank).alpha(8).dropout(rate).init(peft::LoraInit::random), peft::all());
+  net->train();
+  const auto forward = [&](const Tensor& in) {
+    return fast ? net->forward(in) : composed(net, adapter, in, net->is_training() ? rate : 0);
+  };
   torch::manual_seed(4);
   const auto x = torch::randn({16, 32}).to(torch::kBFloat16).to(type);
   const auto target = torch::randn({16, 16}).to(torch::kFloat64);
@@ -48,7 +72,7 @@ Trained train(torch::ScalarType type, bool fast) {
   Trained result;
   for (int step = 0; step < 100; ++step) {
     optimizer.zero_grad();
-    const auto y = net->forward(x);
+    const auto y = forward(x);
     CHECK(y.scalar_type() == type);
     if (step == 0) result.first = y.detach().to(torch::kFloat64);
     (y.to(torch::kFloat64) - target).square().mean().backward();
@@ -58,8 +82,9 @@ Trained train(torch::ScalarType type, bool fast) {
     optimizer.step();
   }
   const torch::NoGradGuard no_grad;
+  net->eval();
   const auto piece = adapter.layers<peft::LoraImpl>().front();
-  result.last = net->forward(x).to(torch::kFloat64);
+  result.last = forward(x).to(torch::kFloat64);
   result.delta = (piece->lora_B.to(torch::kFloat64).mm(piece->lora_A.to(torch::kFloat64)) * piece->scaling());
   return result;
 }
@@ -70,18 +95,40 @@ double error(const Tensor& value, const Tensor& truth) {
 
 }  // namespace
 
-TEST_CASE("On a base in bfloat16 factors in the base's type are about as right as casting activations",
+TEST_CASE("On a base in bfloat16 the fast forms are about as right as casting activations",
           "[low_precision]") {
-  const auto truth = train(torch::kFloat64, false), cast = train(torch::kBFloat16, false),
-             shadowed = train(torch::kBFloat16, true);
+  const double rate = GENERATE(0.0, 0.3);
+  // Factors in float32, then in the base's type where that is faster or the kernels' instructions are none.
+  const int64_t rank = GENERATE(as<int64_t>(), 4, 40);
+  const auto level = GENERATE(CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512);
+  const CpuLevelGuard guard(level);
+  INFO("rank " << rank << ", dropout " << rate);
+  const auto truth = train(torch::kFloat64, false, rank, rate),
+             cast = train(torch::kBFloat16, false, rank, rate),
+             fast = train(torch::kBFloat16, true, rank, rate);
   const auto compare = [](const char* what, const Tensor& own, const Tensor& reference, const Tensor& exact) {
     const auto ours = error(own, exact), theirs = error(reference, exact);
-    INFO(what << ": error " << ours << " with factors in bfloat16, " << theirs << " with activations cast");
+    INFO(what << ": error " << ours << " in the fast form, " << theirs << " with activations cast");
     CHECK(ours < 2 * theirs);
   };
-  compare("first output", shadowed.first, cast.first, truth.first);
-  compare("output after 100 steps", shadowed.last, cast.last, truth.last);
-  compare("change of the weight after 100 steps", shadowed.delta, cast.delta, truth.delta);
+  compare("first output", fast.first, cast.first, truth.first);
+  compare("output after 100 steps", fast.last, cast.last, truth.last);
+  compare("change of the weight after 100 steps", fast.delta, cast.delta, truth.delta);
+}
+
+TEST_CASE("Shadows are wanted where no kernel takes float32 factors, or the BLAS is faster",
+          "[low_precision]") {
+  using peft::internal::wants_shadows;
+  const auto A = torch::randn({8, 32}), wide = torch::randn({40, 32});
+  for (const auto half : {torch::kBFloat16, torch::kFloat16}) {
+    CHECK(wants_shadows(A, half) == (peft::internal::cpu_level() == CpuLevel::scalar));
+    CHECK(wants_shadows(wide, half));
+    CHECK_FALSE(wants_shadows(A.to(half), half));
+    const CpuLevelGuard no_kernel(CpuLevel::scalar);
+    CHECK(wants_shadows(A, half));
+  }
+  CHECK_FALSE(wants_shadows(A, torch::kFloat32));
+  CHECK_FALSE(wants_shadows(A, torch::kFloat64));
 }
 
 TEST_CASE("A shadow follows its master and hands it the gradient in its type", "[low_precision]") {
@@ -110,6 +157,30 @@ TEST_CASE("A shadow follows its master and hands it the gradient in its type", "
   CHECK_FALSE(shadow.of(master, torch::kBFloat16).is_inference());
   const peft::internal::Shadow copy = shadow;
   CHECK_FALSE(copy.of(master, torch::kBFloat16).is_same(shadow.of(master, torch::kBFloat16)));
+}
+
+TEST_CASE("Shadows are made anew after a replayed step, which leaves no trace on the host",
+          "[low_precision]") {
+  torch::manual_seed(3);
+  Net net(torch::kBFloat16);
+  const auto adapter = peft::add_adapter(*net, peft::LoraOptions(40).alpha(8).init(peft::LoraInit::random),
+                                         peft::named({"first"}));
+  peft::AdamW optimizer(adapter);
+  optimizer.capturable(true);
+  const auto x = torch::randn({8, 32}).to(torch::kBFloat16);
+  const torch::NoGradGuard no_grad;
+  const auto before = net->forward(x);
+  for (const auto& parameter : adapter.parameters()) {
+    auto* values = parameter.data_ptr<float>();
+    for (int64_t i = 0; i < parameter.numel(); ++i) values[i] *= 3;  // as a graph writes
+  }
+  CHECK(torch::equal(net->forward(x), before));
+  optimizer.prepare_step();
+  const auto after = net->forward(x);
+  const peft::FastPaths plain(false);
+  const auto exact = net->forward(x);
+  CHECK(error(before, exact) > 0.1);
+  CHECK(error(after, exact) < 0.02);
 }
 
 TEST_CASE("Shadows serve several forwards of a step, checkpoints among them", "[low_precision]") {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "peft/core/site_traits.h"
+#include "peft/kernels/cuda_graph.h"
 
 namespace peft::internal {
 
@@ -34,11 +35,12 @@ inline Tensor drop_blocks(const Tensor& R, const Tensor& mask) {
   return (1 - drop) * R + drop * torch::eye(R.size(-1), drop.options());
 }
 
-/// ⌊rate · blocks⌋ ones in random places.
-inline Tensor dropped_blocks(double rate, int64_t blocks) {
+/// ⌊rate · blocks⌋ ones in random places, for what is `like` this.
+inline Tensor dropped_blocks(double rate, int64_t blocks, const Tensor& like) {
+  const auto device = device_of_draws(like);
   const auto dropped = static_cast<int64_t>(rate * static_cast<double>(blocks));
-  const auto mask = torch::cat({torch::ones({dropped}), torch::zeros({blocks - dropped})});
-  return mask.index_select(0, torch::randperm(blocks, torch::kLong));
+  const auto mask = torch::cat({torch::ones({dropped}, device), torch::zeros({blocks - dropped}, device)});
+  return mask.index_select(0, torch::randperm(blocks, torch::dtype(torch::kLong).device(device)));
 }
 
 /// How many numbers a rotation turns: the inputs of one output, of a lookup the outputs.

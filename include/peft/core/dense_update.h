@@ -7,6 +7,7 @@
 
 #include "peft/core/pattern.h"
 #include "peft/core/piece.h"
+#include "peft/kernels/cuda_graph.h"
 
 namespace peft::internal {
 
@@ -15,7 +16,8 @@ namespace peft::internal {
 /// const`: whether rank dropout divides by the share of rows it kept. `Options` has rank, alpha, their
 /// patterns, rank_dropout and module_dropout. Reference: the LyCORIS layers of Hugging Face PEFT, their draws
 /// included: every training forward draws one number for module dropout, also at rate 0, then a row of them
-/// for rank dropout.
+/// for rank dropout. On a GPU the numbers of a positive rate are drawn there, and what is dropped has
+/// gradients of zero rather than none.
 template <class Derived, class Options>
 class DenseUpdate : public Piece<Derived, Options> {
  public:
@@ -27,10 +29,11 @@ class DenseUpdate : public Piece<Derived, Options> {
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     const auto y = layer.forward(x);
     const bool training = this->is_training();
-    if (training && torch::rand({1}).item<float>() <= static_cast<float>(this->options.module_dropout())) {
-      return y;
-    }
+    const double rate = this->options.module_dropout();
+    const bool on_gpu = x.is_cuda() && rate > 0;
+    if (training && !on_gpu && torch::rand({1}).item<float>() <= static_cast<float>(rate)) return y;
     auto update = scaled_delta();
+    if (training && on_gpu) update = update * (torch::rand({1}, x.device()) > rate);
     if (training && this->options.rank_dropout() > 0) update = update * kept_rows(update);
     return y + layer.apply(x.to(update.scalar_type()), {update, {}});
   }
@@ -59,7 +62,9 @@ class DenseUpdate : public Piece<Derived, Options> {
   /// 1 for a kept output, 0 for a dropped one, in a shape that multiplies Δ.
   Tensor kept_rows(const Tensor& update) const {
     const auto rows = update.size(0);
-    auto kept = (torch::rand({rows}) > this->options.rank_dropout()).to(update.scalar_type());
+    auto kept = torch::rand({rows}, device_of_draws(update))
+                    .gt(this->options.rank_dropout())
+                    .to(update.scalar_type());
     // Where no row is kept the reference divides by zero; here nothing is added.
     if (static_cast<const Derived*>(this)->rescales()) {
       kept = kept / kept.mean().clamp_min(1.0 / static_cast<double>(rows));

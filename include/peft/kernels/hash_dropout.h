@@ -12,6 +12,7 @@
 
 #include "peft/core/compat.h"
 #include "peft/kernels/cpu.h"
+#include "peft/kernels/lanes.h"
 
 namespace peft::internal {
 
@@ -34,7 +35,8 @@ class HashDropout {
   }
   /// True for the types there is a kernel for.
   static bool supports(const Tensor& x) {
-    return x.is_cpu() && (x.scalar_type() == torch::kFloat32 || x.scalar_type() == torch::kFloat64);
+    const auto type = x.scalar_type();
+    return x.is_cpu() && (type == torch::kFloat32 || type == torch::kFloat64 || is_half(type));
   }
 
   bool keeps(int64_t row, int64_t column) const {
@@ -43,12 +45,22 @@ class HashDropout {
 
   /// dropped ← m ⊙ x, and where `gradient` is defined gradient ← gradient + m ⊙ update, m the mask of the
   /// rows from `first` on. Unscaled: kept elements stay as they are. All (rows, columns), rows contiguous;
-  /// `x` and `dropped` may be undefined together. The same at every `CpuLevel`.
+  /// `x` and `dropped` may be undefined together. All of one type, but for `update`, which may be float32
+  /// beside a half type: a sum is then rounded once. The same at every `CpuLevel`.
   void mask(int64_t first, const Tensor& x, const Tensor& dropped, const Tensor& update = {},
             const Tensor& gradient = {}) const {
-    const bool wide = (dropped.defined() ? dropped : gradient).scalar_type() == torch::kFloat64;
-    wide ? mask_as<double>(first, x, dropped, update, gradient)
-         : mask_as<float>(first, x, dropped, update, gradient);
+    const auto as = [&](auto value, auto addend) {
+      mask_as<decltype(value), decltype(addend)>(first, x, dropped, update, gradient);
+    };
+    const auto half = [&](auto value) {
+      const bool wide = update.defined() && update.scalar_type() == torch::kFloat32;
+      wide ? as(value, float()) : as(value, value);
+    };
+    const auto type = (dropped.defined() ? dropped : gradient).scalar_type();
+    if (type == torch::kFloat64) return as(double(), double());
+    if (type == torch::kBFloat16) return half(c10::BFloat16());
+    if (type == torch::kFloat16) return half(c10::Half());
+    as(float(), float());
   }
 
  private:
@@ -69,35 +81,38 @@ class HashDropout {
     return h ^ (h >> 15);
   }
 
-  template <class T>
+  template <class T, class U>
   struct Row {
     const T* x;
     T* dropped;
-    const T* update;
+    const U* update;
     T* gradient;
   };
 
-  template <class T>
+  template <class T, class U>
   void mask_as(int64_t first, const Tensor& x, const Tensor& dropped, const Tensor& update,
                const Tensor& gradient) const {
     const auto& like = dropped.defined() ? dropped : gradient;
     const auto columns = like.size(1), grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
     at::parallel_for(0, like.size(0), grain, [&](int64_t begin, int64_t end) {
-      const auto at = [](const Tensor& t, int64_t row) {
-        return t.defined() ? t.data_ptr<T>() + row * t.stride(0) : nullptr;
-      };
       for (auto row = begin; row < end; ++row) {
-        mask_row(keys(first + row), Row<T>{at(x, row), at(dropped, row), at(update, row), at(gradient, row)},
+        mask_row(keys(first + row),
+                 Row<T, U>{at<T>(x, row), at<T>(dropped, row), at<U>(update, row), at<T>(gradient, row)},
                  columns);
       }
     });
   }
 
   template <class T>
-  void mask_row(const Keys& keys, const Row<T>& row, int64_t columns) const {
+  static T* at(const Tensor& t, int64_t row) {
+    return t.defined() ? t.data_ptr<T>() + row * t.stride(0) : nullptr;
+  }
+
+  template <class T, class U>
+  void mask_row(const Keys& keys, const Row<T, U>& row, int64_t columns) const {
     int64_t column = 0;
 #if PEFT_HAS_AVX
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (!std::is_same_v<T, double>) {
       if (cpu_level() == CpuLevel::avx512) column = mask_row_avx512(keys, row, columns);
       if (cpu_level() == CpuLevel::avx2) column = mask_row_avx2(keys, row, columns);
     }
@@ -105,7 +120,8 @@ class HashDropout {
     for (; column < columns; ++column) {
       const bool kept = hash(keys, static_cast<uint32_t>(column)) >= threshold_;
       if (row.dropped) row.dropped[column] = kept ? row.x[column] : T(0);
-      if (row.gradient && kept) row.gradient[column] += row.update[column];
+      if (row.gradient && kept)
+        row.gradient[column] = static_cast<T>(row.gradient[column] + row.update[column]);
     }
   }
 
@@ -114,8 +130,9 @@ class HashDropout {
 
   // Both return how many columns they did: all but less than a vector.
 
-  __attribute__((target("avx2,fma"))) int64_t mask_row_avx2(const Keys& keys, const Row<float>& row,
-                                                            int64_t columns) const {
+  template <class T, class U>
+  __attribute__((target("avx2,fma,f16c"))) int64_t mask_row_avx2(const Keys& keys, const Row<T, U>& row,
+                                                                 int64_t columns) const {
     const __m256i second = _mm256_set1_epi32(as_int(keys.second));
     const __m256i multiplier1 = _mm256_set1_epi32(as_int(multiplier1_));
     const __m256i multiplier2 = _mm256_set1_epi32(as_int(multiplier2_));
@@ -131,22 +148,20 @@ class HashDropout {
       h = _mm256_xor_si256(h, _mm256_srli_epi32(h, 15));
       counter = _mm256_add_epi32(counter, step);
       // Unsigned h >= threshold.
-      const __m256 kept = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(h, threshold), h));
-      if (row.dropped) {
-        _mm256_storeu_ps(row.dropped + column, _mm256_and_ps(_mm256_loadu_ps(row.x + column), kept));
-      }
+      const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(h, threshold), h);
+      if (row.dropped) Lanes256::keep(row.x + column, kept, row.dropped + column);
       if (row.gradient) {
-        const __m256 update = _mm256_and_ps(_mm256_loadu_ps(row.update + column), kept);
-        _mm256_storeu_ps(row.gradient + column,
-                         _mm256_add_ps(_mm256_loadu_ps(row.gradient + column), update));
+        const __m256 update = _mm256_and_ps(Lanes256::load(row.update + column), _mm256_castsi256_ps(kept));
+        Lanes256::store(row.gradient + column, _mm256_add_ps(Lanes256::load(row.gradient + column), update));
       }
     }
     return column;
   }
 
   // In maskz forms where the plain ones make GCC 12 warn of its own header.
+  template <class T, class U>
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) int64_t mask_row_avx512(
-      const Keys& keys, const Row<float>& row, int64_t columns) const {
+      const Keys& keys, const Row<T, U>& row, int64_t columns) const {
     const __m512i second = _mm512_set1_epi32(as_int(keys.second));
     const __m512i multiplier1 = _mm512_set1_epi32(as_int(multiplier1_));
     const __m512i multiplier2 = _mm512_set1_epi32(as_int(multiplier2_));
@@ -164,11 +179,11 @@ class HashDropout {
       h = _mm512_xor_si512(h, _mm512_maskz_srli_epi32(all, h, 15));
       counter = _mm512_add_epi32(counter, step);
       const __mmask16 kept = _mm512_cmpge_epu32_mask(h, threshold);
-      if (row.dropped) _mm512_storeu_ps(row.dropped + column, _mm512_maskz_loadu_ps(kept, row.x + column));
+      if (row.dropped) Lanes512::keep(row.x + column, kept, row.dropped + column);
       if (row.gradient) {
-        const __m512 before = _mm512_loadu_ps(row.gradient + column);
-        const __m512 update = _mm512_loadu_ps(row.update + column);
-        _mm512_storeu_ps(row.gradient + column, _mm512_mask_add_ps(before, kept, before, update));
+        const __m512 before = Lanes512::load(row.gradient + column, all);
+        const __m512 update = Lanes512::load(row.update + column, all);
+        Lanes512::store(row.gradient + column, all, _mm512_mask_add_ps(before, kept, before, update));
       }
     }
     return column;

@@ -26,7 +26,8 @@
 
 namespace peft {
 
-/// What a piece adds to a linear layer: s · drop(x) (A ⊙ E)ᵀ Bᵀ.
+/// What a piece adds to a linear layer: s · drop(x) (A ⊙ E)ᵀ Bᵀ. The factors are of the layer's type, or in
+/// float32 beside a layer in a half type: the sum is then in float32, and what is added to y is rounded once.
 struct LowRankTerm {
   Tensor A;            ///< (rank, in)
   Tensor B;            ///< (out, rank)
@@ -178,7 +179,9 @@ class LowRankLinearNode final : public torch::autograd::Node {
     const auto& W = layer.linear.weight;
     const bool mergeable = layer.term->dropout == 0 && at::elementSize(x.scalar_type()) >= 4;
     const LowRankShape shape{x.size(0), W.size(1), W.size(0), layer.term->A.size(0), learns, mergeable};
-    const auto order = ProductOrder::cheapest(shape);
+    auto order = ProductOrder::cheapest(shape);
+    // G would be rounded to a half type before it meets factors in float32.
+    order.through_weight = order.through_weight && layer.term->A.scalar_type() == x.scalar_type();
     ProductOrderReport::note(shape, order);
     return order;
   }
@@ -232,7 +235,7 @@ class LowRankLinearNode final : public torch::autograd::Node {
         outputs.push_back(linear.bias.defined() ? at::addmm(linear.bias, x, W.t()) : at::mm(x, W.t()));
       });
       if (!beside) return;
-      h = empty_thin(x.size(0), A.size(0), x.size(1), x);
+      h = empty_thin(x.size(0), x.scalar_type(), A, x.size(1));
       if (std::none_of(dropouts.begin(), dropouts.end(), [](const auto& d) { return d.has_value(); })) {
         thin_inner(h, x, A);
       } else {
@@ -311,12 +314,14 @@ class LowRankLinearNode final : public torch::autograd::Node {
     const bool wants_x = task_should_compute_output(0);
     bool complete = true, drops = false, wants_A = false, merges = true;
     int64_t T = 0;
+    auto type = A_.scalar_type();
     for (auto& part : parts) {
       merges = merges && (part.layer.rank == 0 || part.layer.order.merged_backward);
       complete = complete && part.g.defined();
       if (!part.g.defined()) continue;
       part.g = part.g.contiguous();
       T = part.g.size(0);
+      type = part.g.scalar_type();
       drops = drops || part.layer.dropout;
       wants_A = wants_A || (part.wants_A() && !part.layer.needs_G());
     }
@@ -332,10 +337,9 @@ class LowRankLinearNode final : public torch::autograd::Node {
     }
     const bool adds = wants_x && !merges;
     const auto x = input.defined() ? input.reshape({T, shape_.back()}) : Tensor();
-    const auto ranks = A_.size(0);
     auto dA = wants_A ? at::zeros_like(A_) : Tensor();
     if (adds || wants_A) {
-      const auto z = empty_thin(T, ranks, layers_.front().out, A_);
+      const auto z = empty_thin(T, type, A_, layers_.front().out);
       if (!complete) Tensor(z).zero_();
       each(parts, [&](size_t, const Part& part, int64_t first) {
         thin_inner(columns(z, first, part.layer.rank), part.g, part.layer.turned_B, part.layer.scale);
@@ -380,7 +384,7 @@ class LowRankLinearNode final : public torch::autograd::Node {
     const auto T = like.size(0), block = std::min(T, block_rows(like));
     Tensor dropped, update;
     if (dA.defined()) dropped = workspace<Scratch::dropped>(block, like.size(1), like);
-    if (dx.defined()) update = workspace<Scratch::update>(block, like.size(1), like);
+    if (dx.defined()) update = workspace<Scratch::update>(block, like.size(1), A);
     for (int64_t begin = 0; begin < T; begin += block) {
       const auto count = std::min(block, T - begin);
       const auto part_of = [&](const Tensor& t, int64_t from) {
@@ -416,7 +420,7 @@ class LowRankLinearNode final : public torch::autograd::Node {
     for (int64_t first = 0; first < part.layer.out; first += rows) {
       const auto count = std::min(rows, part.layer.out - first);
       const auto B = part.B.narrow(0, first, count);
-      const auto G = at::mm(part.g.narrow(1, first, count).t(), x);
+      const auto G = at::mm(part.g.narrow(1, first, count).t(), x).to(A.scalar_type());
       dA.addmm_(B.t(), G, 1, scale);
       dB.narrow(0, first, count).addmm_(G, A.t(), 0, scale);
       if (score.defined()) Tensor(sum).add_(at::mm(B, A).mul_(G).abs_().sum());
@@ -442,19 +446,20 @@ class LowRankLinearNode final : public torch::autograd::Node {
     each(parts, [&](size_t k, const Part& part, int64_t) {
       const auto scale = part.layer.scale;
       const auto A = part.E.defined() ? part.A * part.E : part.A;
-      const auto z = at::mm(part.g, part.B) * scale;
+      const auto g = part.g.to(A.scalar_type());
+      const auto z = at::mm(g, part.B) * scale;
       const auto ones = at::ones({z.size(0), A.size(1)}, A.options().requires_grad(false));
       const auto mask = dropped(part.layer, ones);
-      if (wants_x) add(at::mm(z, A) * mask);
+      if (wants_x) add((at::mm(z, A) * mask).to(part.g.scalar_type()));
       if (!x.defined()) return;
-      const auto kept = x * mask, dA = at::mm(z.t(), kept);
+      const auto kept = x.to(A.scalar_type()) * mask, dA = at::mm(z.t(), kept);
       auto* gradients = &result[1 + 3 * k];
       if (part.wanted[0]) gradients[0] = part.E.defined() ? dA * part.E : dA;
-      if (part.wanted[1]) gradients[1] = at::mm(part.g.t(), at::mm(kept, A.t())) * scale;
+      if (part.wanted[1]) gradients[1] = at::mm(g.t(), at::mm(kept, A.t())) * scale;
       if (part.wanted[2]) gradients[2] = (dA * part.A).sum(1, /*keepdim=*/true);
       if (!part.layer.score.defined()) return;
       const torch::NoGradGuard no_grad;
-      through_G(part, kept, A);
+      through_G(part, kept.to(part.g.scalar_type()), A);
     });
     if (wants_x) result[0] = dx.view(shape_);
   }
@@ -466,32 +471,39 @@ class LowRankLinearNode final : public torch::autograd::Node {
   bool released_ = false;
 };
 
-/// Whether the node may stand for these layers on this input: everything of one floating type on one device,
-/// W and b constant, no autocast, no forward-mode derivatives, a kernel for the dropout, and one rate of it.
+/// Whether the node may stand for these layers on this input: everything on one device, layers and input of
+/// one floating type, the factors too or in another that has a kernel; W and b constant, no autocast, no
+/// forward-mode derivatives, a kernel for the dropout, and one rate of it.
 inline bool low_rank_linear_fits(const Tensor& x, const std::vector<LowRankLinear>& layers) {
   if (!FastPaths::enabled() || x.dim() == 0 || x.layout() != torch::kStrided ||
       !(x.is_cpu() || x.is_cuda()) || !x.is_floating_point() || autocasts(x.device().type())) {
     return false;
   }
-  const auto alike = [&x](const Tensor& t, int64_t dim) {
-    return t.dim() == dim && t.scalar_type() == x.scalar_type() && t.device() == x.device() &&
+  const auto alike = [&x](const Tensor& t, int64_t dim, torch::ScalarType type) {
+    return t.dim() == dim && t.scalar_type() == type && t.device() == x.device() &&
            t.layout() == torch::kStrided && !t._fw_grad(0).defined();
   };
+  const auto type = x.scalar_type();
   const auto constant = [](const Tensor& t) { return !(t.requires_grad() && torch::GradMode::is_enabled()); };
   if (x._fw_grad(0).defined()) return false;
   std::optional<double> rate;
+  torch::ScalarType factors{};
   for (const auto& [linear, term] : layers) {
     const auto& [W, b] = linear;
-    if (!alike(W, 2) || !constant(W) || W.size(1) != x.size(-1)) return false;
-    if (b.defined() && (!alike(b, 1) || !constant(b))) return false;
+    if (!alike(W, 2, type) || !constant(W) || W.size(1) != x.size(-1)) return false;
+    if (b.defined() && (!alike(b, 1, type) || !constant(b))) return false;
     if (!term) continue;
     const auto& [A, B, E, scale, dropout, score] = *term;
-    if (!alike(A, 2) || !alike(B, 2) || (E.defined() && !alike(E, 2)) || A.size(0) == 0 ||
+    const auto own = A.scalar_type();
+    if (!alike(A, 2, own) || !alike(B, 2, own) || (E.defined() && !alike(E, 2, own)) || A.size(0) == 0 ||
         A.size(1) != W.size(1) || B.size(0) != W.size(0)) {
       return false;
     }
+    if (own != type && !has_thin_kernel(type, A)) return false;
     if (rate.value_or(dropout) != dropout || (dropout > 0 && !HashDropout::supports(x))) return false;
+    if (rate && own != factors) return false;
     rate = dropout;
+    factors = own;
   }
   return rate.has_value();
 }

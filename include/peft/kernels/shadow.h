@@ -8,6 +8,7 @@
 
 #include "peft/core/compat.h"
 #include "peft/kernels/cpu.h"
+#include "peft/kernels/thin_products.h"
 
 namespace peft {
 
@@ -24,6 +25,19 @@ inline bool cpu_multiplies_bfloat16() {
 
 namespace internal {
 
+/// Whether factors of this many ranks are to meet a layer in `type` through shadows: where no kernel takes
+/// them as they are, or the BLAS is faster on factors in the layer's type.
+inline bool wants_shadows(const Tensor& A, torch::ScalarType type) {
+  if (!is_half(type) || A.scalar_type() == type) return false;
+  const bool emulated = type == torch::kBFloat16 && !cpu_multiplies_bfloat16();
+  if (A.is_cpu() && emulated) {
+    TORCH_WARN_ONCE(
+        "peft: this CPU has no instructions for bfloat16, so a base in it is slower than one in float32");
+  }
+  const bool slow = type == torch::kFloat16 || emulated;  // the BLAS
+  return !has_thin_kernel(type, A) || A.size(0) > (slow ? 32 : 8);
+}
+
 /// A copy of a master in another floating type, made anew when the master has changed: activations then need
 /// no cast. Its gradient becomes the master's, in the master's type; it serves any number of forwards and
 /// backwards in between, since a cast keeps nothing for its backward. Several threads may ask at once.
@@ -38,11 +52,6 @@ class Shadow {
   /// `master` in `type`; itself where that is its type.
   Tensor of(const Tensor& master, torch::ScalarType type) const {
     if (master.scalar_type() == type) return master;
-    if (master.is_cpu() && type == torch::kBFloat16 && !cpu_multiplies_bfloat16()) {
-      TORCH_WARN_ONCE(
-          "peft: this CPU has no instructions for bfloat16, so a base in it is slower than one in "
-          "float32");
-    }
     if (!master.is_leaf() || c10::InferenceMode::is_enabled()) return master.to(type);
     const torch::AutoGradMode with_history(true);
     const std::lock_guard<std::mutex> lock(mutex_);

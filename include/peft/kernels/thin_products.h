@@ -9,6 +9,7 @@
 
 #include "peft/core/compat.h"
 #include "peft/kernels/cpu.h"
+#include "peft/kernels/lanes.h"
 
 namespace peft::internal {
 
@@ -25,7 +26,8 @@ struct Rows {
 // The BLAS packs both factors of a product first, which for these costs more than the product. Here a few
 // rows of the long side and a few ranks meet in registers. `inner`: c ← scale · x mᵀ. `update`: y ← y + scale
 // · c m, or without `adds` y ← scale · c m. Both for `rows` rows. `outer`: m ← m + scale · cᵀ x for columns
-// [begin, end) and `count` rows of x. All for `ranks` rows of m.
+// [begin, end) and `count` rows of x. All for `ranks` rows of m. The long side may be of a half type; the
+// sums are in float32, and each entry of y is rounded once.
 
 #define PEFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 struct ThinAvx512 {
@@ -44,9 +46,8 @@ struct ThinAvx512 {
     return static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
   }
 
-  template <int rows, int ranks>
-  static PEFT_TARGET void inner(Rows<const float> x, Rows<const float> m, Rows<float> c, int64_t d,
-                                float scale) {
+  template <int rows, int ranks, class T>
+  static PEFT_TARGET void inner(Rows<const T> x, Rows<const float> m, Rows<float> c, int64_t d, float scale) {
     __m512 sums[rows][ranks];
     PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
       PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[t][k] = _mm512_setzero_ps();
@@ -54,7 +55,7 @@ struct ThinAvx512 {
     for (int64_t j = 0; j < d; j += 16) {
       const auto lanes = mask(d - j);
       __m512 in[rows];
-      PEFT_UNROLLED for (int t = 0; t < rows; ++t) in[t] = _mm512_maskz_loadu_ps(lanes, x.row(t) + j);
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) in[t] = Lanes512::load(x.row(t) + j, lanes);
       PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
         const __m512 weights = _mm512_maskz_loadu_ps(lanes, m.row(k) + j);
         PEFT_UNROLLED for (int t = 0; t < rows; ++t) sums[t][k] = _mm512_fmadd_ps(in[t], weights, sums[t][k]);
@@ -65,29 +66,42 @@ struct ThinAvx512 {
     }
   }
 
-  template <int rows, int ranks>
-  static PEFT_TARGET void update(Rows<float> y, Rows<const float> c, Rows<const float> m, int64_t d,
-                                 float scale, bool adds) {
-    __m512 factors[rows][ranks];
-    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
-      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) factors[t][k] = _mm512_set1_ps(scale * c.row(t)[k]);
-    }
-    for (int64_t j = 0; j < d; j += 16) {
-      const auto lanes = mask(d - j);
-      __m512 out[rows];
+  template <int rows, class T>
+  static PEFT_TARGET void update(Rows<T> y, Rows<const float> c, Rows<const float> m, int64_t d,
+                                 int64_t ranks, float scale, bool adds) {
+    constexpr int width = 4;
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int64_t j = 0; j < d; j += 16 * width) {
+      __mmask16 lanes[width];
+      __m512 sums[rows][width];
+      PEFT_UNROLLED for (int w = 0; w < width; ++w) {
+        lanes[w] = mask(d - j - 16 * w);
+        PEFT_UNROLLED for (int t = 0; t < rows; ++t) sums[t][w] = _mm512_setzero_ps();
+      }
+      for (int64_t k = 0; k < ranks; ++k) {
+        __m512 weights[width];
+        PEFT_UNROLLED for (int w = 0; w < width; ++w) {
+          weights[w] = Lanes512::load(m.row(k) + j + 16 * w, lanes[w]);
+        }
+        PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+          const __m512 each = _mm512_set1_ps(c.row(t)[k]);
+          PEFT_UNROLLED for (int w = 0; w < width; ++w) {
+            sums[t][w] = _mm512_fmadd_ps(each, weights[w], sums[t][w]);
+          }
+        }
+      }
       PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
-        out[t] = _mm512_maskz_loadu_ps(adds ? lanes : __mmask16(), y.row(t) + j);
+        PEFT_UNROLLED for (int w = 0; w < width; ++w) {
+          T* const out = y.row(t) + j + 16 * w;
+          const __m512 before = Lanes512::load(out, adds ? lanes[w] : __mmask16());
+          Lanes512::store(out, lanes[w], _mm512_fmadd_ps(factor, sums[t][w], before));
+        }
       }
-      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
-        const __m512 weights = _mm512_maskz_loadu_ps(lanes, m.row(k) + j);
-        PEFT_UNROLLED for (int t = 0; t < rows; ++t) out[t] = _mm512_fmadd_ps(factors[t][k], weights, out[t]);
-      }
-      PEFT_UNROLLED for (int t = 0; t < rows; ++t) _mm512_mask_storeu_ps(y.row(t) + j, lanes, out[t]);
     }
   }
 
-  template <int ranks>
-  static PEFT_TARGET void outer(Rows<float> m, Rows<const float> c, Rows<const float> x, int64_t count,
+  template <int ranks, class T>
+  static PEFT_TARGET void outer(Rows<float> m, Rows<const float> c, Rows<const T> x, int64_t count,
                                 int64_t begin, int64_t end, float scale) {
     const __m512 factor = _mm512_set1_ps(scale);
     for (int64_t j = begin; j < end; j += 32) {
@@ -95,8 +109,8 @@ struct ThinAvx512 {
       __m512 sums[ranks][2];
       PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[k][0] = sums[k][1] = _mm512_setzero_ps();
       for (int64_t t = 0; t < count; ++t) {
-        const __m512 low = _mm512_maskz_loadu_ps(first, x.row(t) + j),
-                     high = _mm512_maskz_loadu_ps(second, x.row(t) + j + 16);
+        const __m512 low = Lanes512::load(x.row(t) + j, first),
+                     high = Lanes512::load(x.row(t) + j + 16, second);
         PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
           const __m512 each = _mm512_set1_ps(c.row(t)[k]);
           sums[k][0] = _mm512_fmadd_ps(each, low, sums[k][0]);
@@ -114,13 +128,12 @@ struct ThinAvx512 {
 };
 #undef PEFT_TARGET
 
-#define PEFT_TARGET __attribute__((target("avx2,fma")))
+#define PEFT_TARGET __attribute__((target("avx2,fma,f16c")))
 struct ThinAvx2 {
   static constexpr int widest = 4;  ///< ranks at a time, for three rows: all 16 registers
 
-  template <int rows, int ranks>
-  static PEFT_TARGET void inner(Rows<const float> x, Rows<const float> m, Rows<float> c, int64_t d,
-                                float scale) {
+  template <int rows, int ranks, class T>
+  static PEFT_TARGET void inner(Rows<const T> x, Rows<const float> m, Rows<float> c, int64_t d, float scale) {
     __m256 sums[rows][ranks];
     PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
       PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[t][k] = _mm256_setzero_ps();
@@ -128,7 +141,7 @@ struct ThinAvx2 {
     const auto whole = d / 8 * 8;
     for (int64_t j = 0; j < whole; j += 8) {
       __m256 in[rows];
-      PEFT_UNROLLED for (int t = 0; t < rows; ++t) in[t] = _mm256_loadu_ps(x.row(t) + j);
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) in[t] = Lanes256::load(x.row(t) + j);
       PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
         const __m256 weights = _mm256_loadu_ps(m.row(k) + j);
         PEFT_UNROLLED for (int t = 0; t < rows; ++t) sums[t][k] = _mm256_fmadd_ps(in[t], weights, sums[t][k]);
@@ -140,41 +153,57 @@ struct ThinAvx2 {
         _mm256_store_ps(lanes, sums[t][k]);
         float sum =
             (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-        for (int64_t j = whole; j < d; ++j) sum += x.row(t)[j] * m.row(k)[j];
+        for (int64_t j = whole; j < d; ++j) sum += static_cast<float>(x.row(t)[j]) * m.row(k)[j];
         c.row(t)[k] = scale * sum;
       }
     }
   }
 
-  template <int rows, int ranks>
-  static PEFT_TARGET void update(Rows<float> y, Rows<const float> c, Rows<const float> m, int64_t d,
-                                 float scale, bool adds) {
-    __m256 factors[rows][ranks];
-    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
-      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) factors[t][k] = _mm256_set1_ps(scale * c.row(t)[k]);
-    }
-    const auto whole = d / 8 * 8;
-    for (int64_t j = 0; j < whole; j += 8) {
-      __m256 out[rows];
-      PEFT_UNROLLED for (int t = 0; t < rows; ++t) out[t] =
-          adds ? _mm256_loadu_ps(y.row(t) + j) : _mm256_setzero_ps();
-      PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
-        const __m256 weights = _mm256_loadu_ps(m.row(k) + j);
-        PEFT_UNROLLED for (int t = 0; t < rows; ++t) out[t] = _mm256_fmadd_ps(factors[t][k], weights, out[t]);
-      }
-      PEFT_UNROLLED for (int t = 0; t < rows; ++t) _mm256_storeu_ps(y.row(t) + j, out[t]);
-    }
+  template <int rows, class T>
+  static PEFT_TARGET void update(Rows<T> y, Rows<const float> c, Rows<const float> m, int64_t d,
+                                 int64_t ranks, float scale, bool adds) {
+    int64_t j = 0;
+    for (; j + 24 <= d; j += 24) update_columns<rows, 3>(y, c, m, j, ranks, scale, adds);
+    for (; j + 8 <= d; j += 8) update_columns<rows, 1>(y, c, m, j, ranks, scale, adds);
     for (int t = 0; t < rows; ++t) {
-      for (int64_t j = whole; j < d; ++j) {
-        float sum = adds ? y.row(t)[j] : 0;
-        for (int k = 0; k < ranks; ++k) sum += scale * c.row(t)[k] * m.row(k)[j];
-        y.row(t)[j] = sum;
+      for (auto rest = j; rest < d; ++rest) {
+        float sum = 0;
+        for (int64_t k = 0; k < ranks; ++k) sum += c.row(t)[k] * m.row(k)[rest];
+        const float before = adds ? static_cast<float>(y.row(t)[rest]) : 0;
+        y.row(t)[rest] = static_cast<T>(before + scale * sum);
+      }
+    }
+  }
+  /// `update` of 8 · width columns from j on.
+  template <int rows, int width, class T>
+  static PEFT_TARGET void update_columns(Rows<T> y, Rows<const float> c, Rows<const float> m, int64_t j,
+                                         int64_t ranks, float scale, bool adds) {
+    const __m256 factor = _mm256_set1_ps(scale);
+    __m256 sums[rows][width];
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int w = 0; w < width; ++w) sums[t][w] = _mm256_setzero_ps();
+    }
+    for (int64_t k = 0; k < ranks; ++k) {
+      __m256 weights[width];
+      PEFT_UNROLLED for (int w = 0; w < width; ++w) weights[w] = _mm256_loadu_ps(m.row(k) + j + 8 * w);
+      PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+        const __m256 each = _mm256_set1_ps(c.row(t)[k]);
+        PEFT_UNROLLED for (int w = 0; w < width; ++w) {
+          sums[t][w] = _mm256_fmadd_ps(each, weights[w], sums[t][w]);
+        }
+      }
+    }
+    PEFT_UNROLLED for (int t = 0; t < rows; ++t) {
+      PEFT_UNROLLED for (int w = 0; w < width; ++w) {
+        T* const out = y.row(t) + j + 8 * w;
+        const __m256 before = adds ? Lanes256::load(out) : _mm256_setzero_ps();
+        Lanes256::store(out, _mm256_fmadd_ps(factor, sums[t][w], before));
       }
     }
   }
 
-  template <int ranks>
-  static PEFT_TARGET void outer(Rows<float> m, Rows<const float> c, Rows<const float> x, int64_t count,
+  template <int ranks, class T>
+  static PEFT_TARGET void outer(Rows<float> m, Rows<const float> c, Rows<const T> x, int64_t count,
                                 int64_t begin, int64_t end, float scale) {
     const __m256 factor = _mm256_set1_ps(scale);
     auto j = begin;
@@ -182,7 +211,7 @@ struct ThinAvx2 {
       __m256 sums[ranks][2];
       PEFT_UNROLLED for (int k = 0; k < ranks; ++k) sums[k][0] = sums[k][1] = _mm256_setzero_ps();
       for (int64_t t = 0; t < count; ++t) {
-        const __m256 low = _mm256_loadu_ps(x.row(t) + j), high = _mm256_loadu_ps(x.row(t) + j + 8);
+        const __m256 low = Lanes256::load(x.row(t) + j), high = Lanes256::load(x.row(t) + j + 8);
         PEFT_UNROLLED for (int k = 0; k < ranks; ++k) {
           const __m256 each = _mm256_set1_ps(c.row(t)[k]);
           sums[k][0] = _mm256_fmadd_ps(each, low, sums[k][0]);
@@ -198,7 +227,7 @@ struct ThinAvx2 {
     for (; j < end; ++j) {
       for (int k = 0; k < ranks; ++k) {
         float sum = 0;
-        for (int64_t t = 0; t < count; ++t) sum += c.row(t)[k] * x.row(t)[j];
+        for (int64_t t = 0; t < count; ++t) sum += c.row(t)[k] * static_cast<float>(x.row(t)[j]);
         m.row(k)[j] += scale * sum;
       }
     }
@@ -231,35 +260,33 @@ void over_rows(int64_t count, int64_t products, const Run& run) {
   });
 }
 
-template <class Cpu>
-void thin_inner_loop(Rows<const float> x, Rows<const float> m, Rows<float> c, int64_t T, int64_t d,
+template <class Cpu, class T>
+void thin_inner_loop(Rows<const T> x, Rows<const float> m, Rows<float> c, int64_t count, int64_t d,
                      int64_t ranks, float scale) {
-  over_rows(T, ranks * d, [&](int64_t t, auto rows) {
+  over_rows(count, ranks * d, [&](int64_t t, auto rows) {
     over_ranks<Cpu::widest>(ranks, [&](int64_t k, auto some) {
       Cpu::template inner<rows(), some()>(x.from(t), m.from(k), c.from(t, k), d, scale);
     });
   });
 }
 
-template <class Cpu>
-void thin_update_loop(Rows<float> y, Rows<const float> c, Rows<const float> m, int64_t T, int64_t d,
+template <class Cpu, class T>
+void thin_update_loop(Rows<T> y, Rows<const float> c, Rows<const float> m, int64_t count, int64_t d,
                       int64_t ranks, float scale, bool adds) {
-  over_rows(T, ranks * d, [&](int64_t t, auto rows) {
-    over_ranks<Cpu::widest>(ranks, [&](int64_t k, auto some) {
-      Cpu::template update<rows(), some()>(y.from(t), c.from(t, k), m.from(k), d, scale, adds || k > 0);
-    });
+  over_rows(count, ranks * d, [&](int64_t t, auto rows) {
+    Cpu::template update<rows()>(y.from(t), c.from(t), m, d, ranks, scale, adds);
   });
 }
 
-template <class Cpu>
-void thin_outer_loop(Rows<float> m, Rows<const float> c, Rows<const float> x, int64_t T, int64_t d,
+template <class Cpu, class T>
+void thin_outer_loop(Rows<float> m, Rows<const float> c, Rows<const T> x, int64_t count, int64_t d,
                      int64_t ranks, float scale) {
   constexpr int64_t columns = 32, rows = 512;  // rows whose pages the processor can address at once
-  const auto grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, ranks * T * columns));
+  const auto grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, ranks * count * columns));
   at::parallel_for(0, (d + columns - 1) / columns, grain, [&](int64_t first, int64_t last) {
-    for (int64_t t = 0; t < T; t += rows) {
+    for (int64_t t = 0; t < count; t += rows) {
       over_ranks<Cpu::widest>(ranks, [&](int64_t k, auto some) {
-        Cpu::template outer<some()>(m.from(k), c.from(t, k), x.from(t), std::min(rows, T - t),
+        Cpu::template outer<some()>(m.from(k), c.from(t, k), x.from(t), std::min(rows, count - t),
                                     first * columns, std::min(d, last * columns), scale);
       });
     }
@@ -277,58 +304,84 @@ inline bool has_thin_kernel([[maybe_unused]] const Tensor& like, [[maybe_unused]
 #endif
 }
 
-/// Memory for a (T, ranks) matrix: each row contiguous where a kernel fills it, else as the BLAS multiplies
-/// faster; `depth`: of the product that fills it.
-inline Tensor empty_thin(int64_t T, int64_t ranks, int64_t depth, const Tensor& like) {
-  // MKL wants it turned over always; OpenBLAS where the product is not deep.
-  const bool turned = !has_thin_kernel(like, ranks) && like.is_cpu() && (at::hasMKL() || depth <= 1024);
-  return turned ? at::empty({ranks, T}, like.options()).t() : at::empty({T, ranks}, like.options());
+/// The same of a product of x and m: m may also be in float32 beside an x in a half type, which no BLAS
+/// takes.
+inline bool has_thin_kernel(torch::ScalarType x, const Tensor& m) {
+  if (x == m.scalar_type()) return has_thin_kernel(m, m.size(0));
+  return is_half(x) && has_thin_kernel(m, /*ranks=*/1);
 }
 
-/// Calls `run` with the kernels of this machine where they take all three; else returns false.
+/// Memory for x mᵀ of T rows, x of this type, m (ranks, depth): each row contiguous where a kernel fills it,
+/// else as the BLAS multiplies faster.
+inline Tensor empty_thin(int64_t T, torch::ScalarType x, const Tensor& m, int64_t depth) {
+  // MKL wants it turned over always; OpenBLAS where the product is not deep.
+  const bool turned = !has_thin_kernel(x, m) && m.is_cpu() && (at::hasMKL() || depth <= 1024);
+  const auto ranks = m.size(0);
+  return turned ? at::empty({ranks, T}, m.options()).t() : at::empty({T, ranks}, m.options());
+}
+
+/// Calls `run` with the kernels of this machine and a value of x's type where they take all three; else
+/// returns false.
 template <class Run>
 bool with_thin_kernels(const Tensor& c, const Tensor& x, const Tensor& m, [[maybe_unused]] const Run& run) {
-  if (!has_thin_kernel(x, m.size(0)) || c.stride(1) != 1 || x.stride(1) != 1 || m.stride(1) != 1)
+  if (!has_thin_kernel(x.scalar_type(), m) || c.stride(1) != 1 || x.stride(1) != 1 || m.stride(1) != 1)
     return false;
 #if PEFT_HAS_AVX
-  cpu_level() == CpuLevel::avx512 ? run(ThinAvx512()) : run(ThinAvx2());
+  const auto on = [&](auto cpu) {
+    if (x.scalar_type() == torch::kBFloat16) return run(cpu, c10::BFloat16());
+    if (x.scalar_type() == torch::kFloat16) return run(cpu, c10::Half());
+    run(cpu, float());
+  };
+  cpu_level() == CpuLevel::avx512 ? on(ThinAvx512()) : on(ThinAvx2());
 #endif
   return true;
 }
 
-inline Rows<const float> rows_of(const Tensor& t) { return {t.data_ptr<float>(), t.stride(0)}; }
-inline Rows<float> written_rows_of(const Tensor& t) { return {t.data_ptr<float>(), t.stride(0)}; }
+template <class T = float>
+Rows<const T> rows_of(const Tensor& t) {
+  return {t.data_ptr<T>(), t.stride(0)};
+}
+template <class T = float>
+Rows<T> written_rows_of(const Tensor& t) {
+  return {t.data_ptr<T>(), t.stride(0)};
+}
+
+// Where no kernel takes them, the BLAS do, the long side in the type of the short one.
 
 /// c ← scale · x mᵀ: c (T, ranks), x (T, d), m (ranks, d).
 inline void thin_inner(Tensor c, const Tensor& x, const Tensor& m, double scale = 1) {
-  const bool done = with_thin_kernels(c, x, m, [&](auto cpu) {
-    thin_inner_loop<decltype(cpu)>(rows_of(x), rows_of(m), written_rows_of(c), x.size(0), x.size(1),
-                                   m.size(0), static_cast<float>(scale));
+  const bool done = with_thin_kernels(c, x, m, [&](auto cpu, auto value) {
+    thin_inner_loop<decltype(cpu)>(rows_of<decltype(value)>(x), rows_of(m), written_rows_of(c), x.size(0),
+                                   x.size(1), m.size(0), static_cast<float>(scale));
   });
   if (done) return;
+  const auto in = x.to(m.scalar_type());
   if (c.stride(0) == 1) {
-    c.t().addmm_(m, x.t(), 0, scale);
+    c.t().addmm_(m, in.t(), 0, scale);
   } else {
-    c.addmm_(x, m.t(), 0, scale);
+    c.addmm_(in, m.t(), 0, scale);
   }
 }
 
 /// y ← y + scale · c m, or without `adds` y ← scale · c m: y (T, d), c (T, ranks), m (ranks, d).
 inline void thin_update(Tensor y, const Tensor& c, const Tensor& m, double scale = 1, bool adds = true) {
-  const bool done = with_thin_kernels(c, y, m, [&](auto cpu) {
-    thin_update_loop<decltype(cpu)>(written_rows_of(y), rows_of(c), rows_of(m), y.size(0), y.size(1),
-                                    m.size(0), static_cast<float>(scale), adds);
+  const bool done = with_thin_kernels(c, y, m, [&](auto cpu, auto value) {
+    thin_update_loop<decltype(cpu)>(written_rows_of<decltype(value)>(y), rows_of(c), rows_of(m), y.size(0),
+                                    y.size(1), m.size(0), static_cast<float>(scale), adds);
   });
-  if (!done) y.addmm_(c, m, adds ? 1 : 0, scale);
+  if (done) return;
+  auto out = y.to(m.scalar_type());
+  out.addmm_(c, m, adds ? 1 : 0, scale);
+  if (!out.is_same(y)) y.copy_(out);
 }
 
 /// m ← m + scale · cᵀ x: m (ranks, d), c (T, ranks), x (T, d).
 inline void thin_outer(Tensor m, const Tensor& c, const Tensor& x, double scale = 1) {
-  const bool done = with_thin_kernels(c, x, m, [&](auto cpu) {
-    thin_outer_loop<decltype(cpu)>(written_rows_of(m), rows_of(c), rows_of(x), x.size(0), x.size(1),
-                                   m.size(0), static_cast<float>(scale));
+  const bool done = with_thin_kernels(c, x, m, [&](auto cpu, auto value) {
+    thin_outer_loop<decltype(cpu)>(written_rows_of(m), rows_of(c), rows_of<decltype(value)>(x), x.size(0),
+                                   x.size(1), m.size(0), static_cast<float>(scale));
   });
-  if (!done) m.addmm_(c.t(), x, 1, scale);
+  if (!done) m.addmm_(c.t(), x.to(m.scalar_type()), 1, scale);
 }
 
 }  // namespace peft::internal

@@ -50,9 +50,10 @@ class BoftImpl : public Piece<BoftImpl, BoftOptions> {
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     auto R = rotation();
     if (is_training() && options.dropout() > 0) {
-      const auto factor = torch::randint(0, R.size(0), {1}, torch::kLong);
-      auto mask = torch::zeros({R.size(0), R.size(1)});
-      mask.index_copy_(0, factor, internal::dropped_blocks(options.dropout(), R.size(1)).unsqueeze(0));
+      const auto device = internal::device_of_draws(R);
+      const auto factor = torch::randint(0, R.size(0), {1}, torch::dtype(torch::kLong).device(device));
+      auto mask = torch::zeros({R.size(0), R.size(1)}, device);
+      mask.index_copy_(0, factor, internal::dropped_blocks(options.dropout(), R.size(1), R).unsqueeze(0));
       R = internal::drop_blocks(R, mask);
     }
     if (site().fan_in.size() > 1) return layer.apply(x, turned(layer.weights(), R));

@@ -51,7 +51,7 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     if (gate_weight.defined() || lora_B_bias.defined() || loftq_weight.defined()) return {};
     if (lora_A_0.defined() && drops()) return {};  // A₀ is not dropped
     auto A = full_A(), B = full_B();
-    if (const auto base = site().dtype; base == torch::kFloat16 || base == torch::kBFloat16) {
+    if (const auto base = site().dtype; internal::wants_shadows(A, base)) {
       A = shadow_A_.of(A, base);
       B = shadow_B_.of(B, base);
     }

@@ -80,7 +80,7 @@ class OftImpl : public Piece<OftImpl, OftOptions> {
     }
     auto R = rotation();
     if (is_training() && options.module_dropout() > 0 && oft_R.size(0) > 1) {
-      R = internal::drop_blocks(R, internal::dropped_blocks(options.module_dropout(), R.size(0)));
+      R = internal::drop_blocks(R, internal::dropped_blocks(options.module_dropout(), R.size(0), R));
     }
     if (site().lookup) return internal::turn_blocks(layer.forward(x).to(R.scalar_type()), R);
     if (site().fan_in.size() > 1) return layer.apply(x, turned(layer.weights(), R));

@@ -17,6 +17,7 @@
 #include "peft/core/adapter.h"
 #include "peft/core/flat_storage.h"
 #include "peft/core/problems.h"
+#include "peft/kernels/cuda_graph.h"
 #include "peft/kernels/sum_of_squares.h"
 #include "peft/train/parameter_groups.h"
 
@@ -208,6 +209,9 @@ class AdapterOptimizer : public torch::optim::Optimizer {
   /// last. Constructors call it with 0.
   virtual void begin_moments(size_t /*first*/) {}
   virtual void count_step() {
+    TORCH_CHECK(!internal::is_capturing(tensors_.front().device()), name_,
+                "::step: a CUDA graph would repeat the number and the rates of one step (hint: "
+                "AdamW::capturable)");
     const auto& defined = storage_.defined();
     for (size_t i = 0; i < defined.size(); ++i) steps_[i] += defined[i] ? 1 : 0;
   }

@@ -1,6 +1,7 @@
 // AdamW: the optimizer of an adapter, on its flat storage, with clipping in the same pass.
 #pragma once
 
+#include <torch/csrc/autograd/variable.h>
 #include <torch/optim/adamw.h>
 
 #include <cmath>
@@ -78,6 +79,16 @@ class AdamW : public AdapterOptimizer {
   ///   schedule.step();
   /// }
   /// ```
+  /// In a graph nothing runs on the host, so what is decided there is decided once, at the capture:
+  /// - scales, rates of dropout, the active adapters and modes are those of the capture;
+  /// - dropout draws anew in each replay, for its numbers come from the GPU's generator, which the graph
+  ///   registers. A function under `checkpoint` that draws cannot be captured: the generator's state is read
+  ///   on the host;
+  /// - what methods keep of the weights (DoRA's norms, factors in a half type) is computed within the graph,
+  ///   and after a `prepare_step` by the first forward outside it;
+  /// - `GradScaler::step` asks whether the gradients are finite, BOFT's linear solve may look at its result,
+  ///   and the checks of labels and ids of a model on the CPU look at values: they stay outside;
+  /// - other optimizers, and AdaLoRA and IncreLoRA, count steps on the host: their `step` stays outside.
   AdamW& capturable(bool on) {
     TORCH_CHECK(!on || !has_controllers_,
                 "AdamW::capturable: a method with a controller decides on the host at every step");
@@ -86,11 +97,13 @@ class AdamW : public AdapterOptimizer {
     return *this;
   }
   /// Counts a step and hands its number and the groups' rates to the device: once before each `step` or
-  /// replay of an optimizer that is `capturable`.
+  /// replay of an optimizer that is `capturable`. What methods keep of the parameters is outdated from here
+  /// on, since a replay changes them without a trace on the host.
   void prepare_step() {
     TORCH_CHECK(capturable_, "AdamW::prepare_step is for an optimizer that is capturable");
     torch::NoGradGuard no_grad;
     for (auto& step : steps_) ++step;
+    for (const auto& tensor : tensors_) torch::autograd::impl::bump_version(tensor);
     size_t run = 0;
     for_each_run([&](const Run& at) {
       if (run == scalars_.size()) scalars_.push_back(scalars(at));
