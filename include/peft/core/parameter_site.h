@@ -61,13 +61,13 @@ class ParameterView final : public LayerView {
 template <>
 class AdaptedImpl<Parameter> : public internal::WeightSite {
  public:
-  /// `kind`: what else `info()` says of the site; shapes are filled in.
+  /// `kind`: what else `info()` says of the site; shapes are filled in. What it does not offer is refused.
   AdaptedImpl(ParameterOptions settings, Weights weights, SiteInfo kind)
       : options(std::move(settings)), weights_(std::move(weights)), kind_(std::move(kind)) {}
 
   SiteInfo base_info() const override {
     auto info = internal::weighted_info(kind_.layer, weights_);
-    info.offers = {Needs::weights};
+    info.offers = kind_.offers;
     info.weights_only = true;
     info.ignores_dropout = kind_.ignores_dropout;
     info.bare = kind_.bare;
@@ -99,7 +99,7 @@ class AdaptedImpl<Parameter> : public internal::WeightSite {
   Weights base_weights() const override { return weights_; }
   torch::OrderedDict<std::string, Tensor> base_parameters() const override {
     torch::OrderedDict<std::string, Tensor> tensors;
-    tensors.insert("weight", weights_.weight);
+    if (weights_.weight.defined()) tensors.insert("weight", weights_.weight);
     if (weights_.bias.defined()) tensors.insert("bias", weights_.bias);
     return tensors;
   }
@@ -201,6 +201,7 @@ inline Adapted<Parameter> register_parameter(nn::Module& module, const std::stri
                                              bool is_transposed = false) {
   SiteInfo kind;
   kind.layer = "Parameter";
+  kind.offers = {Needs::weights};
   kind.bare = true;
   kind.files = {FileNames::Kind::parameter, "", name, ""};
   const auto& registered = module.register_parameter(name, std::move(tensor));

@@ -63,6 +63,10 @@ class PeftExporter {
       raise(problems);
     }
     if (config_.own) set_own();
+    if (config_.format) {
+      const auto why = config_.format->unusable(adapter_.record().model.model_type);
+      if (!why.empty()) notes_.push_back(why);
+    }
     check_head();
     return json().dump(2);
   }

@@ -95,6 +95,8 @@ class PeftFormat {
 
   /// Why Python cannot read these pieces, though there are keys for them, or an empty string.
   virtual std::string unreadable(const Entries& entries) const;
+  /// Why Python cannot use the file on such a base, though it reads it, or an empty string.
+  virtual std::string unusable(const std::string& /*model_type*/) const { return {}; }
 
   // Pieces that another key than `target_modules` places (LoRA's `trainable_token_indices`).
 
@@ -108,7 +110,7 @@ class PeftFormat {
 
 inline std::string PeftFormat::unreadable(const Entries& entries) const {
   for (const auto& entry : entries) {
-    if (entry.piece->site().weights_only) {
+    if (entry.piece->site().files.kind != FileNames::Kind::layer) {
       return "'" + entry.site->path() + "' is a tensor inside a layer, where Python has no " + title();
     }
   }

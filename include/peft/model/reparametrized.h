@@ -1,276 +1,293 @@
-// Reparametrized: attention and recurrent layers that take adapters on their weights, and run on W′.
+// Reparametrized: adapters on the weights of any model, without a change to its code.
 #pragma once
 
-#include <torch/nn/modules/activation.h>
-#include <torch/nn/modules/rnn.h>
+#include <torch/csrc/autograd/variable.h>
 
-#include <map>
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <shared_mutex>
 #include <string>
-#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "peft/core/parameter_site.h"
+#include "peft/core/problems.h"
+#include "peft/core/random_state.h"
+#include "peft/model/reparametrized_layers.h"
+#include "peft/model/reparametrized_sites.h"
+#include "peft/model/targets.h"
 
 namespace peft {
 namespace internal {
 
-/// A frozen layer that passes its weights to a function, so that no layer inside it could be wrapped. Each
-/// weight is a site below this module; a forward runs on the sites' effective weights in a copy of the layer
-/// that shares all other tensors: the layer itself is only read, by any number of threads.
+/// One tensor of a model that effective weights take the place of.
+struct Replacement {
+  const Slot* slot;
+  bool is_bias;
+  size_t number;  ///< among all of the model
+  Tensor value;
+
+  Tensor& member() const { return *(is_bias ? slot->bias : slot->weight)(*slot->module); }
+};
+
+/// Effective weights in the members that a model reads, while this lives.
+class InPlace {
+ public:
+  explicit InPlace(std::vector<Replacement>& replacements) : replacements_(replacements) { swap(); }
+  ~InPlace() { swap(); }
+  InPlace(const InPlace&) = delete;
+  InPlace& operator=(const InPlace&) = delete;
+
+ private:
+  void swap() {
+    for (auto& replacement : replacements_) std::swap(replacement.member(), replacement.value);
+  }
+  std::vector<Replacement>& replacements_;
+};
+
+/// Tells which of several tensors a result depends on, once that was calculated and while it lives: those
+/// from which the history of a living tensor comes.
+class Dependence {
+ public:
+  /// Puts an alias with a history of its own in the place of a tensor that requires a gradient.
+  void watch(Tensor& tensor) {
+    tensor = tensor.view_as(tensor);
+    const auto& node = tensor.grad_fn();
+    TORCH_CHECK(node, "check_on_path: in InferenceMode nothing tells what a result depends on");
+    nodes_.push_back(node);
+    counts_.push_back(count(nodes_.back()));
+  }
+  /// True if something was calculated with the i-th tensor.
+  bool used(size_t i) const { return count(nodes_.at(i)) > counts_.at(i); }
+
+ private:
+  using Node = decltype(torch::autograd::Edge::function);
+  static size_t count(const Node& node) { return static_cast<size_t>(node.use_count()); }
+  std::vector<Node> nodes_;
+  std::vector<size_t> counts_;
+};
+
+/// The models that run on this thread.
+class Running {
+ public:
+  explicit Running(const void* model) { models_.push_back(model); }
+  ~Running() { models_.pop_back(); }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+  static bool holds(const void* model) {
+    return std::find(models_.begin(), models_.end(), model) != models_.end();
+  }
+
+ private:
+  static inline thread_local std::vector<const void*> models_;
+};
+
+template <class Model>
+struct ModuleOf {
+  using Type = Model;
+};
+template <class Model>
+requires requires { typename Model::ContainedType; }
+struct ModuleOf<Model> {
+  using Type = typename Model::ContainedType;
+};
+
+}  // namespace internal
+
+/// A model whose code stays as it is, with a site for every weight in it that its layers read: Linear,
+/// Conv1d/2d/3d, Embedding, LayerNorm, MultiheadAttention (`in_proj`, `out_proj`), LSTM, GRU, RNN and their
+/// cells (each matrix), batch, group and instance norms, layers and sites of this library, and tensors of the
+/// model's own classes whose members it is told (`member`). Any weight method goes there, by the paths of the
+/// model's modules, which are also those of its checkpoints and of Hugging Face's adapter files.
 ///
-/// Registers the layer's tensors under the layer's names.
-template <class Layer, class Derived>
-class ReparametrizedLayer : public nn::Module {
- public:
-  explicit ReparametrizedLayer(Layer layer) : nn::Module(layer->name()), base(std::move(layer)) {
-    for (const auto& item : base->named_parameters(/*recurse=*/false)) {
-      register_parameter(item.key(), item.value(), item.value().requires_grad());
-    }
-    for (const auto& item : base->named_buffers(/*recurse=*/false)) register_buffer(item.key(), item.value());
-  }
-
-  void train(bool on = true) override {
-    nn::Module::train(on);
-    base->train(on);
-  }
-  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override {
-    base->to(device, dtype, non_blocking);
-    nn::Module::to(device, dtype, non_blocking);
-  }
-  void to(torch::Dtype dtype, bool non_blocking = false) override {
-    base->to(dtype, non_blocking);
-    nn::Module::to(dtype, non_blocking);
-  }
-  void to(torch::Device device, bool non_blocking = false) override {
-    base->to(device, non_blocking);
-    nn::Module::to(device, non_blocking);
-  }
-
-  /// Reads a checkpoint that may come from the plain layer, so lack the adapters.
-  void load(torch::serialize::InputArchive& archive) override { load_into(*this, archive); }
-
-  std::shared_ptr<nn::Module> clone(const OptionalDevice& device = {}) const override {
-    torch::NoGradGuard no_grad;
-    auto result = std::make_shared<Derived>(cloned_layer(base));
-    for (size_t i = 0; i < weights_.size(); ++i) result->weights_[i]->copy_from(*weights_[i]);
-    result->copy_sites(static_cast<const Derived&>(*this));
-    result->train(is_training());
-    if (device) result->to(*device);
-    return result;
-  }
-
-  void pretty_print(std::ostream& stream) const override {
-    stream << "peft::";
-    base->pretty_print(stream);
-  }
-
-  Layer base;
-
- protected:
-  /// A site at `name` for tensors of the layer.
-  std::shared_ptr<AdaptedImpl<Parameter>> add_weight(const std::string& key, const std::string& name,
-                                                     const Weights& weights, SiteInfo kind) {
-    kind.layer = "Linear";
-    auto site = std::make_shared<AdaptedImpl<Parameter>>(ParameterOptions(name), weights, std::move(kind));
-    weights_.push_back(register_module(key, site));
-    return site;
-  }
-  /// Copies the adapters of sites that register tensors of their own.
-  void copy_sites(const Derived&) {}
-
-  std::vector<std::shared_ptr<AdaptedImpl<Parameter>>> weights_;
-
- private:
-  void clone_(nn::Module& other, const OptionalDevice& device) final {
-    auto copy = std::dynamic_pointer_cast<Derived>(other.clone(device));
-    TORCH_CHECK(copy != nullptr, "clone: a ", name(), " was registered as another kind of layer");
-    static_cast<Derived&>(*this) = *copy;
-  }
-};
-
-/// The linear layer inside another that reads its weights only.
-class ProjectionImpl : public LayerSite<nn::Linear, ProjectionImpl> {
- public:
-  explicit ProjectionImpl(nn::Linear layer) : LayerSite<nn::Linear, ProjectionImpl>(std::move(layer)) {}
-  SiteInfo base_info() const override {
-    auto info = LayerSite<nn::Linear, ProjectionImpl>::base_info();
-    info.offers = {Needs::weights};
-    info.weights_only = info.ignores_dropout = true;
-    info.files = {FileNames::Kind::part, "base_layer.out_proj."};
-    return info;
-  }
-  void copy_from(const ProjectionImpl& other) { copy_weight_site(other); }
-};
-
-}  // namespace internal
-
-/// nn::MultiheadAttention with a site for the stacked query, key and value projections, `in_proj`, and one
-/// for the output's, `out_proj`; a target that names the attention means both. A drop-in with the layer's
-/// constructors and checkpoint keys. Methods act through W′, so dropout on their input has no effect, as in
-/// the reference. Own ranks for query, key and value: `LoraOptions::enable({true, true, true})` on `in_proj`.
-/// Shapes: query (target, batch, embed_dim); key, value (source, batch, embed_dim).
-/// Throws: c10::ValueError for a layer whose keys or values have another width, as the reference does.
-/// Reference: Hugging Face PEFT's lora.MultiheadAttention.
-class MultiheadAttentionImpl
-    : public internal::ReparametrizedLayer<nn::MultiheadAttention, MultiheadAttentionImpl> {
- public:
-  explicit MultiheadAttentionImpl(nn::MultiheadAttention layer) : ReparametrizedLayer(std::move(layer)) {
-    TORCH_CHECK_VALUE(base->_qkv_same_embed_dim,
-                      "peft::MultiheadAttention: key and value must have the query's width, ",
-                      base->options.embed_dim(), ", but got kdim ", base->options.kdim(), " and vdim ",
-                      base->options.vdim());
-    SiteInfo kind;
-    kind.ignores_dropout = true;
-    kind.files = {FileNames::Kind::part, "", "in_proj_weight", "in_proj_bias"};
-    kind.drawn_before = base->out_proj->weight.sizes().vec();
-    in_proj = add_weight("in_proj", "in_proj", {base->in_proj_weight, base->in_proj_bias}, std::move(kind));
-    out_proj = register_module("out_proj", std::make_shared<internal::ProjectionImpl>(base->out_proj));
-  }
-  explicit MultiheadAttentionImpl(const nn::MultiheadAttentionOptions& options)
-      : MultiheadAttentionImpl(nn::MultiheadAttention(options)) {}
-  MultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads)
-      : MultiheadAttentionImpl(nn::MultiheadAttentionOptions(embed_dim, num_heads)) {}
-
-  /// The attended values, and the weights of the attention where they are asked for.
-  std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     const Tensor& key_padding_mask = {}, bool need_weights = true,
-                                     const Tensor& attn_mask = {}, bool average_attn_weights = true) {
-    nn::MultiheadAttentionImpl run(*base);
-    std::tie(run.in_proj_weight, run.in_proj_bias) = as_tuple(in_proj->effective());
-    run.out_proj = nn::Linear(std::make_shared<nn::LinearImpl>(*base->out_proj));
-    std::tie(run.out_proj->weight, run.out_proj->bias) = as_tuple(out_proj->effective());
-    return run.forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights);
-  }
-
- protected:
-  FORWARD_HAS_DEFAULT_ARGS({3, nn::AnyValue(Tensor())}, {4, nn::AnyValue(true)}, {5, nn::AnyValue(Tensor())},
-                           {6, nn::AnyValue(true)})
+/// A forward puts the effective weights in the place of the members that the layers read, runs the model's
+/// own and takes them out again, also when it throws. So methods act through W′ alone: dropout on their input
+/// has no effect, methods on activations and batches of several adapters are refused, and a weight and its
+/// gradient are made whole; `merge` makes inference cost what the model's does. A method of the model other
+/// than its forward runs by `run`. While adapters are active, forwards of several threads wait for each
+/// other, and `base` must not be run in between; without, and merged, they run side by side. Not for
+/// nn::Sequential, which cannot tell the arguments of a forward that takes what the model's takes.
+///
+/// A model may calculate with something else than the layers' weights: a copy it has kept, a part that it
+/// runs without gradients. Therefore the first forward that trains a weight looks whether the output depends
+/// on it, and throws if not; `check_on_path` does the same at any time. `may_skip` is for parts that some
+/// forwards leave out.
+///
+/// `clone` needs a model that derives from nn::Cloneable. Example:
+/// ```
+/// nn::TransformerEncoder encoder(nn::TransformerEncoderLayer(512, 8), 6);
+/// peft::Reparametrized model(encoder);
+/// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8), peft::named({"self_attn", "linear1"}));
+/// auto y = model->forward(x, mask);
+/// ```
+template <class Model>
+class ReparametrizedImpl
+    : public internal::MirrorRoot<typename internal::ModuleOf<Model>::Type, ReparametrizedImpl<Model>> {
+  static_assert(!WeightLayer<Model>, "peft::Reparametrized: for a single layer there is peft::Adapted");
 
  public:
-  std::shared_ptr<AdaptedImpl<Parameter>> in_proj;
-  std::shared_ptr<internal::ProjectionImpl> out_proj;
+  /// The model's class: of a holder, what it holds.
+  using Module = typename internal::ModuleOf<Model>::Type;
+  static_assert(std::derived_from<Module, nn::Module>,
+                "peft::Reparametrized<Model> needs a module or its holder");
 
- private:
-  friend ReparametrizedLayer;
-  static std::tuple<Tensor, Tensor> as_tuple(const Weights& w) { return {w.weight, w.bias}; }
-  void copy_sites(const MultiheadAttentionImpl& other) { out_proj->copy_from(*other.out_proj); }
-};
+  /// `members`: where the model's own classes keep tensors that adapters are to change.
+  explicit ReparametrizedImpl(std::shared_ptr<Module> model, std::vector<Member> members = {})
+      : Root(std::move(model), std::move(members)) {}
+  explicit ReparametrizedImpl(const nn::ModuleHolder<Module>& model, std::vector<Member> members = {})
+      : ReparametrizedImpl(model.ptr(), std::move(members)) {}
 
-/// Holder of `MultiheadAttentionImpl`.
-class MultiheadAttention : public nn::ModuleHolder<MultiheadAttentionImpl> {
- public:
-  using nn::ModuleHolder<MultiheadAttentionImpl>::ModuleHolder;
-  using Impl = MultiheadAttentionImpl;
-};
-
-namespace internal {
-
-/// What LSTM and GRU have in common: a site for each `weight_…`, with the bias of the same name.
-template <class Layer, class Derived>
-class RecurrentLayer : public ReparametrizedLayer<Layer, Derived> {
-  using Base = ReparametrizedLayer<Layer, Derived>;
-
- public:
-  explicit RecurrentLayer(Layer layer) : Base(std::move(layer)) {
-    const auto tensors = this->base->named_parameters(/*recurse=*/false);
-    for (const auto& item : tensors) {
-      if (!item.key().starts_with("weight")) continue;
-      const auto bias_name = "bias" + item.key().substr(std::string("weight").size());
-      const auto* bias = tensors.find(bias_name);
-      SiteInfo kind;
-      kind.files = {FileNames::Kind::parameter, "", item.key(), bias_name};
-      this->add_weight(item.key() + "_adapters", item.key(), {item.value(), bias ? *bias : Tensor()},
-                       std::move(kind));
-    }
+  /// The model's forward on the effective weights.
+  template <class... Arguments>
+  requires requires(Module& model, Arguments&&... arguments) {
+    model.forward(std::forward<Arguments>(arguments)...);
+  }
+  auto forward(Arguments&&... arguments) {
+    return run([&](Module& model) { return model.forward(std::forward<Arguments>(arguments)...); });
   }
 
- protected:
-  /// The layer on its effective weights.
-  typename Layer::ContainedType effective_layer() const {
-    std::map<std::string, Tensor> effective;
-    for (const auto& site : this->weights_) {
-      const auto weights = site->effective();
-      const auto names = site->base_info().files;
-      effective[names.weight] = weights.weight;
-      effective[names.bias] = weights.bias;
-    }
-    typename Layer::ContainedType run(*this->base);
-    run.*Open::flat_weights() = {};
-    for (const auto& item : this->base->named_parameters(/*recurse=*/false)) {
-      (run.*Open::flat_weights()).push_back(effective.at(item.key()));
-    }
-    return run;
+  /// What `function` makes of the model on the effective weights. Throws: c10::Error for trained weights that
+  /// nothing was calculated with. Example:
+  /// ```
+  /// auto code = model->run([&](NetImpl& net) { return net.encode(x); });
+  /// ```
+  template <std::invocable<Module&> Function>
+  auto run(Function&& function) {
+    return run_checked(function,
+                       this->is_training() && torch::GradMode::is_enabled() ? Check::trained : Check::none);
+  }
+
+  /// Runs the forward once and looks whether its output depends on every weight that an active adapter
+  /// changes. Leaves the random generator alone. Throws: c10::ValueError naming the sites that it does not
+  /// depend on; when no active adapter changes a weight.
+  template <class... Arguments>
+  void check_on_path(Arguments&&... arguments) {
+    const internal::RandomStateGuard kept;
+    const torch::AutoGradMode with_gradients(true);
+    auto call = [&](Module& model) { return model.forward(std::forward<Arguments>(arguments)...); };
+    run_checked(call, Check::all);
+  }
+
+  /// Lets a forward that trains leave out modules with these paths, or whose path ends in a dot and one of
+  /// them, and all below them: experts that get no token, layers that are dropped.
+  void may_skip(std::vector<std::string> names) {
+    skipped_.exclude.insert(skipped_.exclude.end(), names.begin(), names.end());
   }
 
  private:
-  /// Reaches the list of tensors a recurrent layer passes to its function.
-  struct Open : Layer::ContainedType {
-    static auto flat_weights() { return &Open::flat_weights_; }
-  };
-};
+  using Root = internal::MirrorRoot<Module, ReparametrizedImpl>;
+  friend Root;
+  /// Of which weights a run looks whether its result depends on them.
+  enum class Check { none, trained, all };
 
-template <class Result, class Class, class First, class Second>
-Second second_argument_of(Result (Class::*)(First, Second));
+  template <class Function>
+  auto run_checked(Function& function, Check check) {
+    // A model that calls the object which it is run by.
+    if (internal::Running::holds(this)) return function(*this->base);
+    const internal::Running running(this);
+    const ForwardScope scope;
+    auto replacements = changed();
+    TORCH_CHECK_VALUE(check != Check::all || !replacements.empty(),
+                      "check_on_path: no active adapter changes a weight of this ", this->name());
+    std::unique_lock alone(*mutex_, std::defer_lock);
+    std::shared_lock beside(*mutex_, std::defer_lock);
+    replacements.empty() ? beside.lock() : alone.lock();
 
-}  // namespace internal
-
-/// nn::LSTM with a site for each weight matrix: `weight_ih_l0`, `weight_hh_l0`, `weight_hr_l0`, …,
-/// `_reverse`, each with the bias of the same name. A drop-in with the layer's constructors and checkpoint
-/// keys. Shapes: as nn::LSTM. Reference: Hugging Face PEFT's `target_parameters` on torch.nn.LSTM.
-class LSTMImpl : public internal::RecurrentLayer<nn::LSTM, LSTMImpl> {
-  using State = decltype(internal::second_argument_of(&nn::LSTMImpl::forward));
-
- public:
-  explicit LSTMImpl(nn::LSTM layer) : RecurrentLayer(std::move(layer)) {}
-  explicit LSTMImpl(const nn::LSTMOptions& options) : LSTMImpl(nn::LSTM(options)) {}
-  LSTMImpl(int64_t input_size, int64_t hidden_size) : LSTMImpl(nn::LSTMOptions(input_size, hidden_size)) {}
-
-  /// Outputs, and the last hidden and cell states.
-  std::tuple<Tensor, std::tuple<Tensor, Tensor>> forward(const Tensor& input, State state = {}) {
-    return effective_layer().forward(input, std::move(state));
-  }
-  std::tuple<nn::utils::rnn::PackedSequence, std::tuple<Tensor, Tensor>> forward_with_packed_input(
-      const nn::utils::rnn::PackedSequence& input, State state = {}) {
-    return effective_layer().forward_with_packed_input(input, std::move(state));
-  }
-
- protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, nn::AnyValue(State())})
-};
-
-/// nn::GRU with a site for each weight matrix, as `LSTM` has them. Shapes: as nn::GRU.
-class GRUImpl : public internal::RecurrentLayer<nn::GRU, GRUImpl> {
- public:
-  explicit GRUImpl(nn::GRU layer) : RecurrentLayer(std::move(layer)) {}
-  explicit GRUImpl(const nn::GRUOptions& options) : GRUImpl(nn::GRU(options)) {}
-  GRUImpl(int64_t input_size, int64_t hidden_size) : GRUImpl(nn::GRUOptions(input_size, hidden_size)) {}
-
-  /// Outputs, and the last hidden state.
-  std::tuple<Tensor, Tensor> forward(const Tensor& input, Tensor state = {}) {
-    return effective_layer().forward(input, std::move(state));
-  }
-  std::tuple<nn::utils::rnn::PackedSequence, Tensor> forward_with_packed_input(
-      const nn::utils::rnn::PackedSequence& input, Tensor state = {}) {
-    return effective_layer().forward_with_packed_input(input, std::move(state));
+    internal::Dependence dependence;
+    std::vector<const internal::Replacement*> watched;
+    for (auto& replacement : replacements) {
+      auto& value = replacement.value;
+      if (check == Check::all) value = value.detach().requires_grad_();
+      if (!is_due(replacement, check)) continue;
+      dependence.watch(value);
+      watched.push_back(&replacement);
+    }
+    const internal::InPlace in_place(replacements);
+    if constexpr (std::is_void_v<std::invoke_result_t<Function&, Module&>>) {
+      function(*this->base);
+      settle(watched, dependence, check);
+    } else {
+      auto result = function(*this->base);
+      settle(watched, dependence, check);
+      return result;
+    }
   }
 
- protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, nn::AnyValue(Tensor())})
+  /// The effective weights that differ from the base's.
+  std::vector<internal::Replacement> changed() const {
+    std::vector<internal::Replacement> replacements;
+    size_t number = 0;
+    for (const auto& slot : this->slots_) {
+      const auto before = slot.site->base_weights(), after = slot.site->effective();
+      const auto note = [&](const Tensor& from, const Tensor& to, bool is_bias) {
+        if (!to.is_same(from)) replacements.push_back({&slot, is_bias, number, to});
+        ++number;
+      };
+      note(before.weight, after.weight, /*is_bias=*/false);
+      note(before.bias, after.bias, /*is_bias=*/true);
+    }
+    return replacements;
+  }
+
+  bool is_due(const internal::Replacement& replacement, Check check) const {
+    if (check == Check::all) return true;
+    return check == Check::trained && replacement.value.requires_grad() &&
+           !on_path_.count(replacement.number) &&
+           !internal::is_excluded(skipped_, replacement.slot->site->path());
+  }
+
+  /// Remembers the weights that the result depends on; throws if there are others.
+  void settle(const std::vector<const internal::Replacement*>& watched,
+              const internal::Dependence& dependence, Check check) {
+    internal::Problems problems;
+    for (size_t i = 0; i < watched.size(); ++i) {
+      if (dependence.used(i)) {
+        on_path_.insert(watched[i]->number);
+        continue;
+      }
+      auto text = "the model's result does not depend on the adapted '" + watched[i]->slot->site->path() +
+                  "'" + (watched[i]->is_bias ? " (its bias)" : "");
+      if (problems.empty()) text += ": its code reads another tensor there, or runs it without gradients";
+      if (problems.empty() && check == Check::trained) text += " (hint: may_skip, where that is meant)";
+      problems.add(std::move(text));
+    }
+    problems.raise(check == Check::all ? "check_on_path" : "Reparametrized");
+  }
+
+  void copy_settings(const ReparametrizedImpl& other) { skipped_ = other.skipped_; }
+
+  Origin skipped_;            ///< its `exclude`
+  std::set<size_t> on_path_;  ///< by number
+  std::shared_ptr<std::shared_mutex> mutex_ = std::make_shared<std::shared_mutex>();
 };
 
-/// Holder of `LSTMImpl`.
-class LSTM : public nn::ModuleHolder<LSTMImpl> {
+/// Holder of `ReparametrizedImpl`. `Model`: a module holder, or a class of modules. Example:
+/// `peft::Reparametrized model(std::make_shared<Net>(), {peft::member("gate", &Net::gate)});`
+template <class Model>
+class Reparametrized : public nn::ModuleHolder<ReparametrizedImpl<Model>> {
+  using Module = typename internal::ModuleOf<Model>::Type;
+
  public:
-  using nn::ModuleHolder<LSTMImpl>::ModuleHolder;
-  using Impl = LSTMImpl;
+  using Impl = ReparametrizedImpl<Model>;
+  using nn::ModuleHolder<Impl>::ModuleHolder;
+  Reparametrized(std::shared_ptr<Module> model, std::vector<Member> members)
+      : nn::ModuleHolder<Impl>(std::make_shared<Impl>(std::move(model), std::move(members))) {}
+  Reparametrized(const nn::ModuleHolder<Module>& model, std::vector<Member> members)
+      : Reparametrized(model.ptr(), std::move(members)) {}
+
+  template <class... Arguments>
+  auto operator()(Arguments&&... arguments) {
+    return (*this)->forward(std::forward<Arguments>(arguments)...);
+  }
 };
-/// Holder of `GRUImpl`.
-class GRU : public nn::ModuleHolder<GRUImpl> {
- public:
-  using nn::ModuleHolder<GRUImpl>::ModuleHolder;
-  using Impl = GRUImpl;
-};
+template <class Module>
+Reparametrized(std::shared_ptr<Module>, std::vector<Member> = {}) -> Reparametrized<Module>;
+template <class Holder>
+requires requires { typename Holder::ContainedType; }
+Reparametrized(Holder, std::vector<Member> = {})->Reparametrized<Holder>;
 
 }  // namespace peft

@@ -34,7 +34,8 @@ class LoraFormat final : public PeftFormat {
   bool adapts_whole_modules() const override { return true; }
   std::string unreadable(const Entries& entries) const override {
     for (const auto& entry : entries) {
-      if (is_dora(*entry.piece) && entry.piece->site().weights_only) return PeftFormat::unreadable({entry});
+      const bool inside = entry.piece->site().files.kind != FileNames::Kind::layer;
+      if (inside && is_dora(*entry.piece)) return PeftFormat::unreadable({entry});
       const auto beside = [&](const Adapter::Entry& other) {
         return other.site == entry.site && lora_in(*other.piece);
       };

@@ -35,6 +35,13 @@ class PrefixTuningFormat final : public PromptFormat {
            "train on (hint: the checkpoint of a run keeps the network)";
   }
 
+  std::string unusable(const std::string& model_type) const override {
+    if (model_type != "deberta-v2") return {};
+    return "Python PEFT has no prefixes for DeBERTa, whose model there takes no past keys: the file is for "
+           "this "
+           "library";
+  }
+
   void write(const Entries& entries, nlohmann::json& json, std::vector<std::string>& notes,
              Problems& problems) const override {
     const auto layers = layers_of(entries);
