@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <filesystem>
 #include <limits>
@@ -42,24 +43,38 @@ inline Tensor logits(Task& task, const Batch& batch) {
   return task.logits(batch.inputs);
 }
 
-/// A text as ids, with its class and its task (−1 without one).
+/// A text as ids, with its class and its task (−1 without one), or with a score in place of a class.
 struct Example {
   text::Encoding encoding;
   int64_t label = -1;
   int64_t task = -1;
+  std::optional<float> score = std::nullopt;
 };
 
 namespace internal {
 
+/// The classes of some examples, or their scores; undefined where one has neither.
+inline Tensor labels_of(const std::vector<const Example*>& rows) {
+  const auto every = [&](const auto& has) { return std::all_of(rows.begin(), rows.end(), has); };
+  std::vector<int64_t> classes;
+  std::vector<float> scores;
+  if (every([](const Example* row) { return row->score.has_value(); })) {
+    for (const auto* row : rows) scores.push_back(*row->score);
+    return torch::tensor(scores);
+  }
+  if (!every([](const Example* row) { return row->label >= 0; })) return {};
+  for (const auto* row : rows) classes.push_back(row->label);
+  return torch::tensor(classes, torch::kLong);
+}
+
 /// Examples as tensors, filled up to the longest.
 inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
   size_t longest = 0;
-  bool types = false, labels = true, tasks = true;
+  bool types = false, tasks = true;
   for (const auto* row : rows) {
     longest = std::max(longest, row->encoding.ids.size());
     types = types || std::any_of(row->encoding.type_ids.begin(), row->encoding.type_ids.end(),
                                  [](int64_t type) { return type != 0; });
-    labels = labels && row->label >= 0;
     tasks = tasks && row->task >= 0;
   }
   const std::vector<int64_t> shape{static_cast<int64_t>(rows.size()), static_cast<int64_t>(longest)};
@@ -67,7 +82,7 @@ inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
   batch.inputs.input_ids = torch::full(shape, pad_id, torch::kLong);
   batch.inputs.attention_mask = torch::zeros(shape, torch::kLong);
   if (types) batch.inputs.token_type_ids = torch::zeros(shape, torch::kLong);
-  if (labels) batch.labels = torch::empty({shape[0]}, torch::kLong);
+  batch.labels = labels_of(rows);
   if (tasks) batch.tasks = torch::empty({shape[0]}, torch::kLong);
   for (size_t i = 0; i < rows.size(); ++i) {
     const auto& encoding = rows[i]->encoding;
@@ -78,7 +93,6 @@ inline Batch pad(const std::vector<const Example*>& rows, int64_t pad_id) {
       std::copy(encoding.type_ids.begin(), encoding.type_ids.end(),
                 batch.inputs.token_type_ids.data_ptr<int64_t>() + at);
     }
-    if (labels) batch.labels.data_ptr<int64_t>()[i] = rows[i]->label;
     if (tasks) batch.tasks.data_ptr<int64_t>()[i] = rows[i]->task;
   }
   return batch;
@@ -119,6 +133,9 @@ class TextBatches final : public Batches {
     bool shuffle = true;
     uint64_t seed = 0;
     bool by_length = false;  ///< shortest first, in place of an order of the epoch: for evaluation
+    /// From 2 on, of every so many batches of a shuffled epoch the rows are shared out among them by length,
+    /// for less padding, and then all batches come in an order of the epoch.
+    int64_t group = 0;
   };
 
   TextBatches(std::vector<Example> examples, std::vector<uint64_t> hashes, int64_t pad_id, Options options)
@@ -149,7 +166,9 @@ class TextBatches final : public Batches {
   uint64_t hash() const override {
     uint64_t sum = examples_.size();
     for (size_t i = 0; i < examples_.size(); ++i) {
-      sum = text::mix(sum ^ hashes_[i]) + static_cast<uint64_t>(examples_[i].label) +
+      const auto label =
+          examples_[i].score ? std::bit_cast<uint32_t>(*examples_[i].score) : examples_[i].label;
+      sum = text::mix(sum ^ hashes_[i]) + static_cast<uint64_t>(label) +
             (static_cast<uint64_t>(examples_[i].task + 1) << 32);
     }
     return sum;
@@ -159,8 +178,8 @@ class TextBatches final : public Batches {
     const auto order = by_length();
     constexpr size_t at_once = 64;
     const torch::NoGradGuard no_grad;
-    std::vector<int64_t> labels;
-    for (const auto& example : examples_) labels.push_back(example.label);
+    std::vector<const Example*> labelled;
+    for (const auto& example : examples_) labelled.push_back(&example);
     Tensor all;
     for (size_t begin = 0; begin < order.size(); begin += at_once) {
       std::vector<const Example*> rows;
@@ -175,7 +194,19 @@ class TextBatches final : public Batches {
       all.index_copy_(0, torch::tensor(where, torch::kLong).to(features.device()), features);
     }
     features_ = all;
-    labels_ = torch::tensor(labels, torch::kLong).to(task.device());
+    labels_ = internal::labels_of(labelled).to(task.device());
+  }
+
+  /// The rows of an epoch in the order in which its batches are cut from them.
+  std::vector<size_t> order(int64_t epoch) const {
+    if (options_.by_length) return by_length();
+    if (options_.shuffle) {
+      auto order = text::epoch_order(hashes_, options_.seed, static_cast<uint64_t>(epoch));
+      return options_.group > 1 ? grouped(std::move(order), static_cast<uint64_t>(epoch)) : order;
+    }
+    std::vector<size_t> order(examples_.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    return order;
   }
 
  private:
@@ -188,12 +219,24 @@ class TextBatches final : public Batches {
     return order;
   }
 
-  std::vector<size_t> order(int64_t epoch) const {
-    if (options_.by_length) return by_length();
-    if (options_.shuffle) return text::epoch_order(hashes_, options_.seed, static_cast<uint64_t>(epoch));
-    std::vector<size_t> order(examples_.size());
-    std::iota(order.begin(), order.end(), size_t{0});
-    return order;
+  std::vector<size_t> grouped(std::vector<size_t> order, uint64_t epoch) const {
+    const auto size = static_cast<size_t>(options_.batch_size);
+    const auto full = order.size() / size;  // a last batch of fewer rows stays the last
+    const auto at = [&](size_t batch) { return order.begin() + static_cast<std::ptrdiff_t>(batch * size); };
+    for (size_t begin = 0; begin < full; begin += static_cast<size_t>(options_.group)) {
+      const auto end = std::min(full, begin + static_cast<size_t>(options_.group));
+      std::stable_sort(at(begin), at(end), [&](size_t a, size_t b) {
+        return examples_[a].encoding.ids.size() < examples_[b].encoding.ids.size();
+      });
+    }
+    std::vector<uint64_t> batches(full);
+    std::iota(batches.begin(), batches.end(), uint64_t{0});
+    for (auto& batch : batches) batch = text::mix(batch);
+    std::vector<size_t> result;
+    for (const auto batch : text::epoch_order(batches, options_.seed, epoch))
+      result.insert(result.end(), at(batch), at(batch + 1));
+    result.insert(result.end(), at(full), order.end());
+    return result;
   }
 
   std::vector<Example> examples_;
@@ -391,31 +434,29 @@ class FileBatches final : public Batches {
   bool bare_ = false;
 };
 
-/// The tokenizer of a model's folder.
+/// The tokenizer of a model's folder: its tokenizer.json, or the vocabulary it has in an older form.
 /// Throws: std::runtime_error naming the file.
 inline text::Tokenizer read_tokenizer(const fs::path& model) {
-  const auto path = model / "tokenizer.json";
   std::error_code ignored;
   if (!fs::is_directory(model, ignored)) {
     throw std::runtime_error(fmt::format("--model: there is no folder '{}'", model.string()));
   }
-  if (!fs::is_regular_file(path, ignored)) {
-    throw std::runtime_error(fmt::format(
-        "'{}' is missing: texts need a tokenizer (hint: --inputs takes ready ids)", path.string()));
-  }
-  return text::Tokenizer::from_file(path);
+  return text::Tokenizer::from_folder(model);
 }
 
-/// The same, of a model with these settings.
+/// The same, of a model with so many tokens.
 /// Throws: std::runtime_error naming the file where the model has no vectors for its tokens.
-inline text::Tokenizer read_tokenizer(const fs::path& model, const peft::models::BertConfig& config) {
+inline text::Tokenizer read_tokenizer(const fs::path& model, int64_t vocabulary) {
   auto tokenizer = read_tokenizer(model);
-  if (tokenizer.vocabulary_size() > config.vocab_size()) {
-    throw std::runtime_error(
-        fmt::format("'{}' has {} tokens, but the model only {} (hint: the tokenizer of another model?)",
-                    (model / "tokenizer.json").string(), tokenizer.vocabulary_size(), config.vocab_size()));
+  if (tokenizer.vocabulary_size() > vocabulary) {
+    throw std::runtime_error(fmt::format(
+        "the tokenizer in '{}' has {} tokens, but the model only {} (hint: that of another model?)",
+        model.string(), tokenizer.vocabulary_size(), vocabulary));
   }
   return tokenizer;
+}
+inline text::Tokenizer read_tokenizer(const fs::path& model, const peft::models::BertConfig& config) {
+  return read_tokenizer(model, config.vocab_size());
 }
 
 /// The texts of a data set as ids.

@@ -1,29 +1,28 @@
-// BertNormalizer and BertPreTokenizer: what happens to a text before its words are looked up.
+// BertNormalizer and BertPreTokenizer: what happens to a text before its words
+// are looked up.
 #pragma once
 
-#include <unicode/normalizer2.h>
 #include <unicode/uchar.h>
-#include <unicode/uniset.h>
-#include <unicode/unistr.h>
-#include <unicode/ustring.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "unicode_form.h"
 
 namespace text {
 
 namespace internal {
 
-/// The general category in the Unicode version the reference's category tables were made from, which is 8:
-/// what was assigned later counts as unassigned, and so is neither punctuation nor a mark.
+/// The general category in the Unicode version the reference's category tables
+/// were made from, which is 8: what was assigned later counts as unassigned,
+/// and so is neither punctuation nor a mark.
 inline std::uint32_t category_mask(char32_t c) {
-  switch (c) {  // the ones for which it matters that their category has changed since
+  switch (c) {  // the ones for which it matters that their category has changed
+                // since
     case 0x166D:
     case 0x111C9:
       return U_GC_PO_MASK;
@@ -59,45 +58,16 @@ inline bool is_bert_punctuation(char32_t c) {
   return is_ascii_punctuation(c) || (category_mask(c) & U_GC_P_MASK) != 0;
 }
 
-/// The blocks that BERT splits into single characters. 0x2B920 (for 0x2B820) is the reference's own slip.
+/// The blocks that BERT splits into single characters. 0x2B920 (for 0x2B820) is
+/// the reference's own slip.
 inline bool is_chinese(char32_t c) {
   return (c >= 0x4E00 && c <= 0x9FFF) || (c >= 0x3400 && c <= 0x4DBF) || (c >= 0x20000 && c <= 0x2A6DF) ||
          (c >= 0x2A700 && c <= 0x2B73F) || (c >= 0x2B740 && c <= 0x2B81F) || (c >= 0x2B920 && c <= 0x2CEAF) ||
          (c >= 0xF900 && c <= 0xFAFF) || (c >= 0x2F800 && c <= 0x2FA1F);
 }
 
-inline void require_icu(UErrorCode status, const char* what) {
-  if (U_FAILURE(status)) throw std::runtime_error(std::string(what) + ": ICU says " + u_errorName(status));
-}
-
-/// Canonical decomposition as the reference does it, whose tables are of Unicode 9: what was assigned later
-/// neither decomposes nor moves past other marks.
-inline std::u32string decompose(const std::u32string& text) {
-  if (std::all_of(text.begin(), text.end(), [](char32_t c) { return c < 0xC0; })) return text;
-  static const auto* const normalizer = [] {
-    UErrorCode status = U_ZERO_ERROR;
-    const auto* nfd = icu::Normalizer2::getNFDInstance(status);
-    static const icu::UnicodeSet known(u"[:age=9.0:]", status);
-    require_icu(status, "canonical decomposition");
-    static const icu::FilteredNormalizer2 filtered(*nfd, known);
-    return &filtered;
-  }();
-  const auto utf16 = icu::UnicodeString::fromUTF32(reinterpret_cast<const UChar32*>(text.data()),
-                                                   static_cast<std::int32_t>(text.size()));
-  UErrorCode status = U_ZERO_ERROR;
-  icu::UnicodeString decomposed;
-  normalizer->normalize(utf16, decomposed, status);
-  require_icu(status, "canonical decomposition");
-  std::u32string result(static_cast<std::size_t>(decomposed.countChar32()), U'\0');
-  decomposed.toUTF32(reinterpret_cast<UChar32*>(result.data()), static_cast<std::int32_t>(result.size()),
-                     status);
-  if (status == U_STRING_NOT_TERMINATED_WARNING) status = U_ZERO_ERROR;
-  require_icu(status, "canonical decomposition");
-  return result;
-}
-
-/// Appends the full lowercase of one character, which may be several; its neighbours do not count, so a
-/// sigma at the end of a word is an ordinary one.
+/// Appends the full lowercase of one character, which may be several; its
+/// neighbours do not count, so a sigma at the end of a word is an ordinary one.
 inline void append_lowercase(std::u32string& out, char32_t c) {
   constexpr char32_t capital_i_with_dot = 0x130;
   if (c == capital_i_with_dot) {
@@ -109,9 +79,11 @@ inline void append_lowercase(std::u32string& out, char32_t c) {
 
 }  // namespace internal
 
-/// The normalizer of BERT's tokenizers: cleaning, blanks around ideographs, accents, case, in this order.
+/// The normalizer of BERT's tokenizers: cleaning, blanks around ideographs,
+/// accents, case, in this order.
 struct BertNormalizer {
-  /// Drops control characters, U+0000 and U+FFFD, and makes every white space a blank.
+  /// Drops control characters, U+0000 and U+FFFD, and makes every white space a
+  /// blank.
   bool clean_text = true;
   /// Puts blanks around every CJK ideograph, so that each becomes a word.
   bool handle_chinese_chars = true;
@@ -138,7 +110,7 @@ struct BertNormalizer {
       text = std::move(spaced);
     }
     if (strip_accents.value_or(lowercase)) {
-      text = internal::decompose(text);
+      text = unicode_form(text, UnicodeForm::kNfd);
       std::erase_if(text, [](char32_t c) { return (internal::category_mask(c) & U_GC_MN_MASK) != 0; });
     }
     if (lowercase) {
@@ -151,7 +123,8 @@ struct BertNormalizer {
   }
 };
 
-/// The words of a normalized text: split at white space, every punctuation character a word of its own.
+/// The pre-tokenizer of BERT's tokenizers, the words of a normalized text:
+/// split at white space, every punctuation character a word of its own.
 inline std::vector<std::u32string_view> split_words(std::u32string_view text) {
   std::vector<std::u32string_view> words;
   std::size_t start = 0;

@@ -1,4 +1,5 @@
-// Bpe: words to ids by merging pairs, equal to the byte-level BPE of Hugging Face's tokenizers.
+// Bpe: words to ids by merging pairs, equal to the byte-level BPE of Hugging
+// Face's tokenizers.
 #pragma once
 
 #include <array>
@@ -15,12 +16,13 @@
 #include <vector>
 
 #include "byte_level.h"
-#include "tokenizer_json.h"
+#include "model_settings.h"
 #include "unicode.h"
 
 namespace text {
 
-/// The byte-level BPE a tokenizer.json describes: `ByteLevel` before it and behind it, and merges of bytes.
+/// The byte-level BPE a tokenizer.json describes: merges of bytes, with
+/// `ByteLevel` before it and behind it.
 class Bpe {
  public:
   Bpe(BpeSettings settings, std::shared_ptr<const Vocabulary> vocabulary)
@@ -37,48 +39,10 @@ class Bpe {
     settings_.merges.clear();
   }
 
-  /// There is no normalizer.
-  std::u32string normalize(std::u32string text) const { return text; }
-
-  /// Appends the ids of a text between added tokens.
-  void append(std::vector<std::int64_t>& ids, std::u32string_view text) const {
-    std::u32string spaced;
-    if (settings_.add_prefix_space && !text.starts_with(U' ')) {
-      spaced.reserve(text.size() + 1);
-      text = spaced.append(1, U' ').append(text);
-    }
-    if (!settings_.use_regex) return append_word(ids, encode_utf8(text));
-    for (const auto word : split_gpt2_words(text)) append_word(ids, encode_utf8(word));
-  }
-
-  /// The text of a row of tokens; bytes that are no UTF-8 become U+FFFD.
-  std::string decode(const std::vector<std::string>& tokens) const {
-    std::string bytes;
-    for (const auto& token : tokens) bytes += from_byte_alphabet(token);
-    return replace_invalid_utf8(bytes);
-  }
-
- private:
-  struct Merge {
-    std::size_t rank = 0;
-    std::int64_t id = 0;
-  };
-  /// A token of a word, and its neighbours' places.
-  struct Symbol {
-    static constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
-    std::int64_t id = 0;
-    std::size_t previous = none, next = none;
-    bool merged_away = false;
-  };
-  /// (rank, place of the left token, id of the joined token)
-  using Candidate = std::tuple<std::size_t, std::size_t, std::int64_t>;
-
-  static std::uint64_t key(std::int64_t left, std::int64_t right) {
-    return static_cast<std::uint64_t>(left) << 32 | static_cast<std::uint64_t>(right);
-  }
-
-  /// Merges the pair of the lowest rank, of several the leftmost, until no two neighbours are a pair.
-  void append_word(std::vector<std::int64_t>& ids, const std::string& bytes) const {
+  /// Appends the ids of a word: merges the pair of the lowest rank, of several
+  /// the leftmost, until no two neighbours are a pair.
+  void append(std::vector<std::int64_t>& ids, std::u32string_view word) const {
+    const std::string bytes = encode_utf8(word);
     if (settings_.ignore_merges) {
       if (const auto whole = vocabulary_->find(to_byte_alphabet(bytes)); whole != vocabulary_->end()) {
         ids.push_back(whole->second);
@@ -107,7 +71,8 @@ class Bpe {
       queue.pop();
       Symbol& left = symbols[place];
       if (left.merged_away) continue;
-      // An entry whose pair has gone counts where the present pair gives the same token, as in the reference.
+      // An entry whose pair has gone counts where the present pair gives the
+      // same token, as in the reference.
       if (const Merge* merge = merge_at(place); merge == nullptr || merge->id != id) continue;
       Symbol& right = symbols[left.next];
       left.id = id;
@@ -120,6 +85,25 @@ class Bpe {
     for (const Symbol& symbol : symbols) {
       if (!symbol.merged_away) ids.push_back(symbol.id);
     }
+  }
+
+ private:
+  struct Merge {
+    std::size_t rank = 0;
+    std::int64_t id = 0;
+  };
+  /// A token of a word, and its neighbours' places.
+  struct Symbol {
+    static constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
+    std::int64_t id = 0;
+    std::size_t previous = none, next = none;
+    bool merged_away = false;
+  };
+  /// (rank, place of the left token, id of the joined token)
+  using Candidate = std::tuple<std::size_t, std::size_t, std::int64_t>;
+
+  static std::uint64_t key(std::int64_t left, std::int64_t right) {
+    return static_cast<std::uint64_t>(left) << 32 | static_cast<std::uint64_t>(right);
   }
 
   BpeSettings settings_;

@@ -1,4 +1,5 @@
-// StrictJson: reads a JSON file key by key and reports everything that is wrong with it at once.
+// StrictJson: reads a JSON file key by key and reports everything that is wrong
+// with it at once.
 #pragma once
 
 #include <fmt/format.h>
@@ -22,8 +23,8 @@ namespace text::internal {
 
 using Json = nlohmann::json;
 
-/// What the reader of one file is derived from. A wrong key is a problem that is kept, and gives an empty
-/// value; `finish` throws all problems.
+/// What the reader of one file is derived from. A wrong key is a problem that
+/// is kept, and gives an empty value; `finish` throws all problems.
 class StrictJson {
  protected:
   explicit StrictJson(std::filesystem::path path) : path_(std::move(path)) {}
@@ -118,7 +119,8 @@ class StrictJson {
                               [](const Json& j) { return j.is_string(); });
   }
 
-  /// The `type` of a part, which must be one of those given; empty where it is not.
+  /// The `type` of a part, which must be one of those given; empty where it is
+  /// not.
   std::string kind(const Json& part, const std::string& key, std::initializer_list<std::string> known) {
     const std::string type = string(part, key, "type");
     for (const std::string& name : known) {
@@ -135,5 +137,18 @@ class StrictJson {
   std::filesystem::path path_;
   std::vector<std::string> problems_;
 };
+
+/// A whole file. Throws: std::runtime_error naming it where it is no JSON, or
+/// has a key twice.
+inline Json read_json(const std::filesystem::path& path) {
+  struct Reader : StrictJson {
+    explicit Reader(const std::filesystem::path& file) : StrictJson(file) {}
+    using StrictJson::finish;
+    using StrictJson::parse;
+  } reader(path);
+  Json json = reader.parse();
+  reader.finish();
+  return json;
+}
 
 }  // namespace text::internal

@@ -52,6 +52,10 @@ class TemplateJsonReader : protected StrictJson {
       result.pair = read_template(*part, "pair", true);
     } else if (type == "BertProcessing" || type == "RobertaProcessing") {
       const bool roberta = type == "RobertaProcessing";  // two separators, and one type for both texts
+      // These move offsets only, but without them the reference takes it for the other.
+      for (const char* name : {"trim_offsets", "add_prefix_space"}) {
+        if (roberta) boolean(*part, key, name);
+      }
       const TemplatePiece cls{Kind::kFixed, {token_pair(*part, "cls")}, 0};
       const TemplatePiece sep{Kind::kFixed, {token_pair(*part, "sep")}, 0};
       const std::int64_t second = roberta ? 0 : 1;

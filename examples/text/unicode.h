@@ -2,7 +2,7 @@
 #pragma once
 
 #include <fmt/format.h>
-#include <unicode/utf16.h>
+#include <unicode/unistr.h>
 #include <unicode/utf8.h>
 
 #include <cstddef>
@@ -16,7 +16,8 @@ namespace text {
 
 namespace internal {
 
-/// Reads the code point at `position` and moves behind it; negative where the bytes are not UTF-8.
+/// Reads the code point at `position` and moves behind it; negative where the
+/// bytes are not UTF-8.
 inline std::int32_t next_code_point(std::string_view bytes, std::size_t& position) {
   const auto* data = reinterpret_cast<const std::uint8_t*>(bytes.data());
   std::int32_t code_point = 0;
@@ -24,9 +25,28 @@ inline std::int32_t next_code_point(std::string_view bytes, std::size_t& positio
   return code_point;
 }
 
+inline void require_icu(UErrorCode status, const char* what) {
+  if (U_FAILURE(status)) throw std::runtime_error(std::string(what) + ": ICU says " + u_errorName(status));
+}
+
+inline icu::UnicodeString to_icu(std::u32string_view text) {
+  return icu::UnicodeString::fromUTF32(reinterpret_cast<const UChar32*>(text.data()),
+                                       static_cast<std::int32_t>(text.size()));
+}
+
+inline std::u32string from_icu(const icu::UnicodeString& text) {
+  std::u32string result(static_cast<std::size_t>(text.countChar32()), U'\0');
+  UErrorCode status = U_ZERO_ERROR;
+  text.toUTF32(reinterpret_cast<UChar32*>(result.data()), static_cast<std::int32_t>(result.size()), status);
+  if (status == U_STRING_NOT_TERMINATED_WARNING) status = U_ZERO_ERROR;
+  require_icu(status, "UTF-32");
+  return result;
+}
+
 }  // namespace internal
 
-/// Offset of the first byte that is not UTF-8 (overlong forms and surrogates are not), if there is one.
+/// Offset of the first byte that is not UTF-8 (overlong forms and surrogates
+/// are not), if there is one.
 inline std::optional<std::size_t> invalid_utf8_at(std::string_view bytes) {
   for (std::size_t position = 0; position < bytes.size();) {
     const std::size_t start = position;
@@ -36,7 +56,8 @@ inline std::optional<std::size_t> invalid_utf8_at(std::string_view bytes) {
 }
 
 /// The code points of a UTF-8 text.
-/// Throws: std::invalid_argument naming the offset of the first byte that is not UTF-8.
+/// Throws: std::invalid_argument naming the offset of the first byte that is
+/// not UTF-8.
 inline std::u32string decode_utf8(std::string_view bytes) {
   std::u32string code_points;
   code_points.reserve(bytes.size());
@@ -45,16 +66,18 @@ inline std::u32string decode_utf8(std::string_view bytes) {
     const std::int32_t code_point = internal::next_code_point(bytes, position);
     if (code_point < 0) {
       throw std::invalid_argument(
-          fmt::format("text must be valid UTF-8, but the byte at offset {} (0x{:02X}) is not", start,
-                      static_cast<unsigned char>(bytes[start])));
+          fmt::format("text must be valid UTF-8, but the byte at offset {} "
+                      "(0x{:02X}) is not",
+                      start, static_cast<unsigned char>(bytes[start])));
     }
     code_points.push_back(static_cast<char32_t>(code_point));
   }
   return code_points;
 }
 
-/// A text in UTF-8 whatever the bytes were: each longest part that cannot belong to a character becomes
-/// one U+FFFD, as Python's `errors="replace"` does.
+/// A text in UTF-8 whatever the bytes were: each longest part that cannot
+/// belong to a character becomes one U+FFFD, as Python's `errors="replace"`
+/// does.
 inline std::string replace_invalid_utf8(std::string_view bytes) {
   if (!invalid_utf8_at(bytes)) return std::string(bytes);
   std::string valid;

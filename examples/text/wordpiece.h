@@ -1,4 +1,5 @@
-// WordPiece: words to ids by their longest known parts, equal to Hugging Face's tokenizers.
+// WordPiece: words to ids by their longest known parts, equal to Hugging Face's
+// tokenizers.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +11,12 @@
 #include <utility>
 #include <vector>
 
-#include "bert_text.h"
-#include "tokenizer_json.h"
+#include "model_settings.h"
 #include "unicode.h"
 
 namespace text {
 
-/// The WordPiece model a tokenizer.json describes, with BERT's normalizer and words.
+/// The WordPiece model a tokenizer.json describes.
 class WordPiece {
  public:
   WordPiece(WordPieceSettings settings, std::shared_ptr<const Vocabulary> vocabulary)
@@ -26,17 +26,9 @@ class WordPiece {
     for (const auto& [token, id] : *vocabulary_) longest_token_ = std::max(longest_token_, token.size());
   }
 
-  /// The normalized form of a text.
-  std::u32string normalize(std::u32string text) const { return settings_.normalizer(std::move(text)); }
-
-  /// Appends the ids of a normalized text between added tokens.
-  void append(std::vector<std::int64_t>& ids, std::u32string_view text) const {
-    for (const auto word : split_words(text)) append_word(ids, word);
-  }
-
- private:
-  /// Cuts a word into its longest tokens from the left; if one part is unknown, the whole word is.
-  void append_word(std::vector<std::int64_t>& ids, std::u32string_view word) const {
+  /// Appends the ids of a word, its longest tokens from the left; if one part
+  /// is unknown, the whole word is.
+  void append(std::vector<std::int64_t>& ids, std::u32string_view word) const {
     if (static_cast<std::int64_t>(word.size()) > settings_.max_input_chars_per_word) {
       ids.push_back(unk_id_);
       return;
@@ -69,6 +61,7 @@ class WordPiece {
     }
   }
 
+ private:
   WordPieceSettings settings_;
   std::shared_ptr<const Vocabulary> vocabulary_;
   std::int64_t unk_id_ = 0;

@@ -310,13 +310,13 @@ def add_model_cases(cases):
         value["model"]["vocab"]["zebra"] = len(tiny.VOCABULARY)
         tiny.write_json(f"{folder}/tokenizer.json", value)
     zebra = tiny.write_tsv(f"{cases.folder('models')}/zebra.tsv", [("cat", "a cat"), ("dog", "a zebra")])
-    broken("tokenizer of another model", bigger_tokenizer, "tokenizer.json", train=zebra)
+    broken("tokenizer of another model", bigger_tokenizer, "tokens, but the model only", train=zebra)
 
     def unknown_tokenizer(folder):
         value = tiny.tokenizer()
-        value["model"]["type"] = "Unigram"
+        value["model"]["type"] = "WordLevel"
         tiny.write_json(f"{folder}/tokenizer.json", value)
-    broken("unknown kind of tokenizer", unknown_tokenizer, "tokenizer.json", "Unigram")
+    broken("unknown kind of tokenizer", unknown_tokenizer, "tokenizer.json", "WordLevel")
     broken("other labels than the data", lambda folder: None, "label", source=tiny.make_model(
         f"{cases.folder('models')}/five_labels", labels=5))
 

@@ -11,8 +11,12 @@ texts (default 100000). Compared are ids and type ids of
    eight drawn anew in every run); added tokens with all their flags; BertProcessing;
  * the same with byte-level BPEs trained here on random texts, some with their merges thinned out and shuffled: every
    choice of options and post-processor, both forms of merges; and the texts that ids become again;
+ * the same with RoBERTa's byte-level BPE; and with Unigrams trained here, some with scores that make many cuts equally
+   likely, behind every normalizer and pre-tokenizer, SentencePiece's tables of replacements among them;
+ * the same with folders that hold no tokenizer.json, but vocab.txt, vocab.json and merges.txt, or a SentencePiece
+   model, with every kind of settings, as AutoTokenizer reads them; also the tokenizer.json each stands for;
 and, of BPEs trained by both sides on the same texts, the whole tokenizer.json.
-Exit status 1 if anything differs but what KNOWN, SINGLE_WORD and NewerLetters describe.
+Exit status 1 if anything differs but what KNOWN, SINGLE_WORD, NewerLetters and Newer describe.
 """
 import argparse
 import collections
@@ -26,6 +30,7 @@ import sys
 import tempfile
 import unicodedata
 
+import made_tokenizers
 from tokenizers import Tokenizer, __version__, models, pre_tokenizers, trainers
 
 # The only code points whose texts may differ, and only with the tokenizers made up here (a model that has
@@ -56,6 +61,17 @@ class NewerLetters:
 
     def __getitem__(self, c):
         return "a letter or digit newer than this ICU"
+
+
+class Newer:
+    """What came later than the Unicode of this Python, which is no newer than ICU's: for an older ICU it is neither a
+    number nor part of a grapheme."""
+
+    def __contains__(self, c):
+        return unicodedata.category(chr(c)) == "Cn"
+
+    def __getitem__(self, c):
+        return "newer than this ICU"
 
 
 SURROGATES = range(0xD800, 0xE000)
@@ -160,13 +176,14 @@ class Comparison:
     def __init__(self, program):
         self.program, self.compared, self.known, self.unknown, self.beside = program, 0, {}, 0, 0
 
-    def run(self, title, tokenizer_json, requests, excused=KNOWN):
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    def run(self, title, path, requests, excused=KNOWN, tokenizer=None):
+        """`path` is a tokenizer.json; or a folder, of which `tokenizer` is Python's."""
+        tokenizer = tokenizer or Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         compared = different = 0
         iterator = iter(requests)
         while block := list(itertools.islice(iterator, 200000)):
-            mine = ours(self.program, str(tokenizer_json), block)
+            mine = ours(self.program, str(path), block)
             if len(mine) != len(block):
                 sys.exit(f"{title}: {len(block)} texts, but {len(mine)} answers")
             for request, theirs, own in zip(block, expected(tokenizer, block), mine):
@@ -300,7 +317,9 @@ def bpe_tokenizer(rng, added_tokens):
 
 
 def decoding_requests(rng, made, count):
-    ids = [*made["model"]["vocab"].values(), *(token["id"] for token in made["added_tokens"])]
+    vocabulary = made["model"]["vocab"]
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))),
+           *(token["id"] for token in made["added_tokens"])]
     for _ in range(count):
         yield {"ids": rng.choices(ids, k=rng.choice([0, 1, 5, 50])), "skip_special_tokens": rng.random() < 0.5}
 
@@ -322,6 +341,28 @@ def class_requests(at_once=8):
                                  range(0xE0000, 0xE1000, at_once), range(0xE1000, 0x110000, 0x1000)):
         if start not in SURROGATES:
             yield {"a": "".join(f"{c} a{c}1{c}!{c}\n{c}" for c in map(chr, range(start, start + at_once)))}
+
+
+def compare_folders(comparison, rng, parent, count):
+    from transformers import AutoTokenizer
+    for i in range(20):
+        kind = ("bert", "roberta", "gpt2", "deberta-v2", "xlm-roberta")[i % 5]
+        folder = parent / f"folder{i}"
+        folder.mkdir()
+        style = made_tokenizers.write_folder(rng, folder, kind, [random_text(rng) for _ in range(300)])
+        theirs = AutoTokenizer.from_pretrained(folder)
+        run = subprocess.run([comparison.program, "--folder", folder], check=True, stdout=subprocess.PIPE)
+        made, own = json.loads(theirs.backend_tokenizer.to_str()), json.loads(run.stdout)
+        pad = (own["padding"] or {}).get("pad_id")
+        a, b = made_tokenizers.plain(made), made_tokenizers.plain(own)
+        differing = [key for key in a if a[key] != b[key]] + ["padding"] * (pad != theirs.pad_token_id)
+        if differing:
+            comparison.unknown += 1
+            print(f"  folder of {kind}, {style}: differs in {differing}")
+            for key in [k for k in differing if k in a and k != "model"]:
+                print(f"    theirs {json.dumps(a[key])}\n    ours   {json.dumps(b[key])}")
+        requests = itertools.chain(random_requests(rng, count, least=4), decoding_requests(rng, made, count // 2))
+        comparison.run(f"folder of {kind}, settings {style}", folder, requests, Newer(), theirs.backend_tokenizer)
 
 
 def main():
@@ -363,6 +404,23 @@ def main():
             comparison.run(f"BPE {choices}, added tokens {i % 2}", path, requests, NewerLetters())
         path.write_text(json.dumps(class_bpe()))
         comparison.run("BPE, every assigned code point", path, class_requests(), NewerLetters())
+
+        few = max(100, arguments.count // 50)
+        texts = [random_text(rng) for _ in range(1000)]
+        for _ in range(2):
+            made = made_tokenizers.roberta_tokenizer(rng, texts)
+            path.write_text(json.dumps(made))
+            requests = itertools.chain(random_requests(rng, 4 * few, least=4), decoding_requests(rng, made, few))
+            comparison.run(f"RoBERTa {made['pre_tokenizer']}", path, requests, NewerLetters())
+        maps = made_tokenizers.charsmaps(texts)
+        for i in range(24):
+            made = made_tokenizers.unigram_tokenizer(rng, texts, maps, ADDED[i % 2])
+            path.write_text(json.dumps(made))
+            requests = itertools.chain(random_requests(rng, few, least=4), decoding_requests(rng, made, few // 2))
+            parts = [[p["type"] for p in (part or {}).get(name, [part or {"type": None}])] for name, part in
+                     (("normalizers", made["normalizer"]), ("pretokenizers", made["pre_tokenizer"]))]
+            comparison.run(f"Unigram {parts}, added tokens {i % 2}", path, requests, Newer())
+        compare_folders(comparison, rng, pathlib.Path(folder), few)
         for _ in range(20):
             compare_training(comparison, rng)
         print(f"training: compared 20 tokenizers, unexpected differences so far {comparison.unknown}", flush=True)

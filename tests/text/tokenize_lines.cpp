@@ -1,16 +1,18 @@
 // Reads texts from standard input and prints their ids, for comparisons with other tokenizers.
 //
-// usage: tokenize_lines TOKENIZER_JSON < REQUESTS
+// usage: tokenize_lines TOKENIZER_JSON|FOLDER < REQUESTS
+//        tokenize_lines --folder FOLDER > TOKENIZER_JSON
 //        tokenize_lines --train SETTINGS < TEXTS > TOKENIZER_JSON
 // A request is one line of JSON: a string; {"a": text, "b": text or nothing, "max_length": number or
 // nothing}; or {"ids": ids, "skip_special_tokens": bool}. The answer is one line: ids, a tab, type ids, each
-// separated by blanks; or the text as JSON. SETTINGS is JSON with the members of text::BpeTraining, TEXTS are
-// JSON strings.
+// separated by blanks; or the text as JSON. --folder prints what a folder without a tokenizer.json stands
+// for. SETTINGS is JSON with the members of text::BpeTraining, TEXTS are JSON strings.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <cstdint>
 #include <exception>
+#include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -56,8 +58,10 @@ void train(const json& settings) {
 int main(int argc, char** argv) {
   const std::vector<std::string> words(argv + 1, argv + argc);
   const bool trains = words.size() == 2 && words[0] == "--train";
-  if (words.size() != 1 && !trains) {
-    std::cerr << "usage: tokenize_lines TOKENIZER_JSON < REQUESTS\n"
+  const bool reads_folder = words.size() == 2 && words[0] == "--folder";
+  if (words.size() != 1 && !trains && !reads_folder) {
+    std::cerr << "usage: tokenize_lines TOKENIZER_JSON|FOLDER < REQUESTS\n"
+                 "       tokenize_lines --folder FOLDER > TOKENIZER_JSON\n"
                  "       tokenize_lines --train SETTINGS < TEXTS > TOKENIZER_JSON\n";
     return 2;
   }
@@ -66,7 +70,13 @@ int main(int argc, char** argv) {
       train(json::parse(words[1]));
       return 0;
     }
-    const auto tokenizer = text::Tokenizer::from_file(words[0]);
+    if (reads_folder) {
+      std::cout << text::tokenizer_json_of_folder(words[1]).dump() << "\n";
+      return 0;
+    }
+    const bool folder = std::filesystem::is_directory(words[0]);
+    const auto tokenizer =
+        folder ? text::Tokenizer::from_folder(words[0]) : text::Tokenizer::from_file(words[0]);
     for (std::string line; std::getline(std::cin, line);) {
       std::cout << answer(tokenizer, json::parse(line)) << "\n";
     }
