@@ -7,6 +7,7 @@
 #include <torch/cuda.h>
 #include <torch/types.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -36,7 +37,7 @@ namespace internal {
 
 /// What tensors took from the CPU's allocator while it was watched.
 struct Allocations {
-  int64_t count = 0, live = 0;
+  int64_t count = 0, live = 0, peak = 0;  ///< blocks ever, bytes now, and the most bytes at one time
 };
 
 /// LibTorch's CPU allocator, counting. Its members override those of `c10::Allocator` in one version of
@@ -63,6 +64,11 @@ class CountingAllocator final : public c10::Allocator {
     const std::lock_guard lock(mutex_);
     return total_;
   }
+  /// The peak is that of what follows.
+  void forget_peak() {
+    const std::lock_guard lock(mutex_);
+    total_.peak = total_.live;
+  }
 
  private:
   // What the default allocator gives is its own context, and some callers rely on that.
@@ -74,6 +80,7 @@ class CountingAllocator final : public c10::Allocator {
     sizes_[data] = static_cast<int64_t>(bytes);
     ++total_.count;
     total_.live += static_cast<int64_t>(bytes);
+    total_.peak = std::max(total_.peak, total_.live);
     return {data, data, &CountingAllocator::free, device};
   }
   static void free(void* data) {

@@ -108,7 +108,7 @@ using Encoder = peft::models::BertForSequenceClassification;
 
 /// An encoder on the same frozen values as another.
 inline Encoder encoder_on(const Encoder& base, const EncoderCase& shape, const Device& device) {
-  Encoder model(shape.config(), peft::models::BertForSequenceClassificationImpl::Unset());
+  Encoder model(shape.config(), peft::models::Unset());
   model->to(device.device(), shape.dtype);
   const auto values = base->named_parameters();
   for (auto& item : model->named_parameters()) item.value().set_data(values[item.key()]);
@@ -139,7 +139,7 @@ inline void measure_step(Session& session, Row& row, const EncoderCase& shape, c
   };
   auto frozen = internal::encoder_on(base, shape, session.device);
   const auto vectors =
-      frozen->bert->embeddings->word_embeddings->forward(ids).detach().set_requires_grad(true);
+      frozen->base_model->embeddings->word_embeddings->forward(ids).detach().set_requires_grad(true);
   const auto floor_loss = [=] { return loss_of(frozen, vectors); };
   const auto floor = [=] {
     vectors.mutable_grad() = Tensor();

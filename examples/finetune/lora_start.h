@@ -22,9 +22,10 @@ inline bool starts_from_data(const Method& method) {
 }
 
 /// Gives the LoRAs of a method their start from the first `method.init_batches` batches of the data; EVA goes
-/// on until its directions have converged, from the first batch again. Throws std::runtime_error where that
-/// fails.
-inline void start_from_data(const Method& method, Task& task, Batches& data) {
+/// on until its directions have converged, from the first batch again. `task`: a `Task` or like one. Throws
+/// std::runtime_error where that fails.
+template <class Model>
+void start_from_data(const Method& method, Model& task, Batches& data) {
   constexpr int64_t most_of_eva = 1000;
   const auto& adapter = *task.adapter();
   auto& model = *task.model();

@@ -72,13 +72,13 @@ inline const MethodEntry& method_entry(const std::string& name) {
 
 }  // namespace internal
 
-/// Reads `--method`. `targets`: of `--targets`; `head`: path of the task head in the model, or empty;
+/// Reads `--method`. `targets`: of `--targets`; `heads`: paths of the task head in the model, or empty;
 /// `steps`: of the whole run, 0 as long as they are not known (what depends on them is not checked then);
 /// `tasks`: of the data.
 /// Throws: std::runtime_error for an unknown method, key or a value of the wrong kind, with what there is;
 /// c10::ValueError for a value out of range.
 inline Method parse_method(const std::string& text, const std::vector<std::string>& targets,
-                           const std::string& head, int64_t steps = 0, int64_t tasks = 1) {
+                           const std::vector<std::string>& heads, int64_t steps = 0, int64_t tasks = 1) {
   const auto [name, given] = internal::split_method(text);
   const auto& entry = internal::method_entry(name);
   auto keys = entry.keys;
@@ -114,15 +114,17 @@ inline Method parse_method(const std::string& text, const std::vector<std::strin
           fmt::format("--method {}: lora_plus must be at least 1, but got {}", name, *method.lora_plus));
     }
   }
-  Place place{entry.default_targets, head, values.list("modules_to_save"), steps, tasks};
+  Place place{entry.default_targets, heads.empty() ? "" : heads.back(), values.list("modules_to_save"), steps,
+              tasks};
   if (!targets.empty()) place.targets = targets;
   if (values.has("targets")) {
     place.targets = values.list("targets");
     if (place.targets.empty())
       throw std::runtime_error(fmt::format("--method {}: targets must not be empty", name));
   }
-  if (!head.empty() && std::find(place.saved.begin(), place.saved.end(), head) == place.saved.end()) {
-    place.saved.push_back(head);
+  for (const auto& head : heads) {
+    if (std::find(place.saved.begin(), place.saved.end(), head) == place.saved.end())
+      place.saved.push_back(head);
   }
   try {
     method.parts = entry.parts(values, place);
@@ -137,6 +139,13 @@ inline Method parse_method(const std::string& text, const std::vector<std::strin
     throw std::runtime_error(fmt::format("--method {}: {}", name, error.what_without_backtrace()));
   }
   return method;
+}
+
+/// The same of a model whose head has one path, or none.
+inline Method parse_method(const std::string& text, const std::vector<std::string>& targets,
+                           const std::string& head, int64_t steps = 0, int64_t tasks = 1) {
+  return parse_method(text, targets, head.empty() ? std::vector<std::string>() : std::vector{head}, steps,
+                      tasks);
 }
 
 }  // namespace finetune

@@ -37,14 +37,14 @@ inline Batch row_of(const Batch& batch, int64_t row) {
 /// The rows of the data's first batches, one by one.
 class RowsOfData {
  public:
-  RowsOfData(Batches& data, const Task& task, int64_t most) : data_(data), task_(task), left_(most) {}
+  RowsOfData(Batches& data, torch::Device device, int64_t most) : data_(data), device_(device), left_(most) {}
 
   /// Returns false after the last.
   bool next(Batch& row) {
     if (left_-- <= 0) return false;
     while (row_ == rows_) {
       if (batch_ == data_.count()) return false;
-      current_ = to(data_.get(0, batch_++), task_.device());
+      current_ = to(data_.get(0, batch_++), device_);
       rows_ = current_.inputs.input_ids.defined() ? current_.inputs.input_ids.size(0)
                                                   : current_.inputs.inputs_embeds.size(0);
       row_ = 0;
@@ -55,16 +55,17 @@ class RowsOfData {
 
  private:
   Batches& data_;
-  const Task& task_;
+  torch::Device device_;
   int64_t left_, batch_ = 0, row_ = 0, rows_ = 0;
   Batch current_;
 };
 
 }  // namespace internal
 
-/// Chooses what a mask or HiFi trains. FISH and HiFi look at rows of the data, one by one. Throws
-/// std::runtime_error where that fails.
-inline void choose_entries(const Method& method, Task& task, Batches& data) {
+/// Chooses what a mask or HiFi trains. FISH and HiFi look at rows of the data, one by one. `task`: a `Task`
+/// or like one. Throws std::runtime_error where that fails.
+template <class Model>
+void choose_entries(const Method& method, Model& task, Batches& data) {
   const MethodValues values(method.name, method.given);
   const auto& adapter = *task.adapter();
   auto& model = *task.model();
@@ -77,7 +78,7 @@ inline void choose_entries(const Method& method, Task& task, Batches& data) {
       peft::initialize_rand_row_col(adapter);
     } else if (method.name == "hifi") {
       const auto options = internal::hifi_options(values);
-      internal::RowsOfData rows(data, task, options.samples());
+      internal::RowsOfData rows(data, task.device(), options.samples());
       const auto next = [&](Tensor& used) {
         Batch row;
         if (!rows.next(row)) return false;
@@ -92,7 +93,7 @@ inline void choose_entries(const Method& method, Task& task, Batches& data) {
             "needs gradients, but the head of --pooling mean starts at zero and gives none (hint: --pooling "
             "cls)");
       }
-      internal::RowsOfData rows(data, task, values.integer("examples", 1024));
+      internal::RowsOfData rows(data, task.device(), values.integer("examples", 1024));
       const auto next_loss = [&] {
         Batch row;
         return rows.next(row) ? task.loss(task.logits(row.inputs), row.labels) : Tensor();

@@ -285,11 +285,11 @@ class Task {
     if (head_) head_->train(on);
   }
   void gradient_checkpointing(bool on) {
-    (classifier_ ? classifier_->bert : encoder_)->gradient_checkpointing(on);
+    (classifier_ ? classifier_->base_model : encoder_)->gradient_checkpointing(on);
   }
 
   peft::models::EncoderOutput encode(const peft::models::EncoderInputs& inputs) {
-    auto& encoder = classifier_ ? classifier_->bert : encoder_;
+    auto& encoder = classifier_ ? classifier_->base_model : encoder_;
     return encoder->forward(inputs);
   }
   /// What the head sees of an encoder's output. Shapes: (batch, width).

@@ -186,11 +186,16 @@ inline std::unique_ptr<peft::AdapterOptimizer> make_optimizer(const peft::Adapte
   return std::make_unique<peft::AdamW>(trained, groups, with(rate), options.clip);
 }
 
+/// Steps of warm-up of a run of `total`.
+inline int64_t warmup_steps(const TrainOptions& options, int64_t total) {
+  return static_cast<int64_t>(options.warmup < 1
+                                  ? std::floor(options.warmup * static_cast<double>(total) + 1e-9)
+                                  : std::floor(options.warmup));
+}
+
 inline std::unique_ptr<peft::Schedule> make_schedule(peft::AdapterOptimizer& optimizer,
                                                      const TrainOptions& options, int64_t total) {
-  const auto warmup =
-      static_cast<int64_t>(options.warmup < 1 ? std::floor(options.warmup * static_cast<double>(total) + 1e-9)
-                                              : std::floor(options.warmup));
+  const auto warmup = warmup_steps(options, total);
   if (options.schedule == "linear") return std::make_unique<peft::LinearSchedule>(optimizer, warmup, total);
   if (options.schedule == "cosine") return std::make_unique<peft::CosineSchedule>(optimizer, warmup, total);
   return std::make_unique<peft::ConstantSchedule>(optimizer, warmup);

@@ -189,7 +189,7 @@ TEST_CASE("A BERT with checkpoints trains every method as without, dropout inclu
   model->gradient_checkpointing(true);
   check_equal(plain, backward(adapter.parameters(), loss));
   const auto copy = peft::clone(*model);
-  CHECK(copy->bert->encoder->gradient_checkpointing);
+  CHECK(copy->base_model->encoder->gradient_checkpointing);
 
   model->eval();
   const auto quiet = bert_loss(model);

@@ -269,7 +269,7 @@ TEST_CASE("A model with and one without a head exchange AdapterHub adapters", "[
   bare->eval();
   load(bare, folder / "head");
   CHECK(peft_test::difference(bare->forward(batch()).last_hidden_state,
-                              model->bert->forward(batch()).last_hidden_state) < 1e-6);
+                              model->base_model->forward(batch()).last_hidden_state) < 1e-6);
   peft::save_adapterhub(*bare, "read", folder / "bare");
   CHECK(has(keys_of(folder / "bare" / "adapter.safetensors"), "encoder.layer.0.output.adapters.read."));
   CHECK(!has(keys_of(folder / "bare" / "adapter.safetensors"), "bert."));

@@ -74,7 +74,7 @@ TEST_CASE("Prompts equal Hugging Face's numbers", "[prompt]") {
   auto classifier = filled_classifier();
   peft_test::fill(*classifier);
   peft::models::BertModel encoder(peft_test::tiny());
-  const auto filled = classifier->bert->named_parameters();
+  const auto filled = classifier->base_model->named_parameters();
   torch::manual_seed(0);
   {
     torch::NoGradGuard no_grad;
@@ -129,7 +129,7 @@ TEST_CASE("Prompts equal AdapterHub's numbers", "[prompt]") {
 }
 
 TEST_CASE("Prompts begin with words", "[prompt]") {
-  const auto words = filled_classifier()->bert->embeddings->word_embeddings->base->weight;
+  const auto words = filled_classifier()->base_model->embeddings->word_embeddings->base->weight;
   const auto rows = [&](const std::vector<int64_t>& ids) {
     return words.index_select(0, torch::tensor(ids));
   };
@@ -160,7 +160,7 @@ TEST_CASE("A prompt's model gives padded batches what it gives texts alone", "[p
     CHECK(largest(model->forward(alone).logits, padded.logits.slice(0, 1, 2)) < 1e-6);
 
     // The mean is over real tokens, as if the virtual ones had been cut away.
-    const auto encoded = model->bert->forward(batch());
+    const auto encoded = model->base_model->forward(batch());
     const auto mask = batch().attention_mask;
     const auto at = options.after_first() ? 1 : 0;
     const auto hidden = encoded.last_hidden_state;
@@ -220,13 +220,13 @@ TEST_CASE("Prompts of several adapters, and other methods, work together", "[pro
   peft::add_adapter(*model, peft::LoraOptions(2).init(peft::LoraInit::random), peft::named({"query"}), "low");
   CHECK(largest(model->forward(batch()).logits, together) > 1e-5);
   peft::set_active(*model, {"two"});
-  CHECK(model->bert->forward(batch()).virtual_tokens.sum().item<int64_t>() == 1);
+  CHECK(model->base_model->forward(batch()).virtual_tokens.sum().item<int64_t>() == 1);
 
   // A clone draws its words from its own vocabulary.
   auto copy = peft::clone(*model);
   {
     torch::NoGradGuard no_grad;
-    copy->bert->embeddings->word_embeddings->base->weight.fill_(7);
+    copy->base_model->embeddings->word_embeddings->base->weight.fill_(7);
   }
   const auto words = PromptOptions(2).init(PromptInit::vocabulary);
   CHECK(vectors(peft::add_adapter(*copy, words, peft::all(), "words")).eq(7).all().item<bool>());

@@ -94,7 +94,7 @@ TEST_CASE("The top layers are the last blocks, and the norm after them", "[top_l
   peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{1, 2, 3}});
   inputs.output_hidden_states = true;
-  const auto states = model->bert->forward(inputs).hidden_states;
+  const auto states = model->base_model->forward(inputs).hidden_states;
   CHECK_FALSE(states.at(1).requires_grad());
   CHECK(states.at(2).requires_grad());
 
@@ -124,7 +124,7 @@ TEST_CASE("A probed backbone can stay in evaluation mode while the head trains",
   model->train();
   peft::train_only(*model, adapter);
   CHECK_FALSE(model->is_training());
-  CHECK_FALSE(model->bert->embeddings->dropout->is_training());
+  CHECK_FALSE(model->base_model->embeddings->dropout->is_training());
   CHECK(model->classifier->is_training());
   peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{1, 2, 3}});

@@ -121,7 +121,7 @@ TEST_CASE("What is absent has transformers' defaults", "[bert]") {
   inputs.position_ids = torch::arange(3).expand({2, 3});
   CHECK(model->forward(inputs).logits.equal(expected));
   inputs.inputs_embeds =
-      torch::embedding(model->bert->embeddings->word_embeddings->base->weight, inputs.input_ids);
+      torch::embedding(model->base_model->embeddings->word_embeddings->base->weight, inputs.input_ids);
   inputs.input_ids = Tensor();
   CHECK(model->forward(inputs).logits.equal(expected));
   inputs.position_ids = torch::tensor({{2, 1, 0}});
@@ -195,7 +195,7 @@ TEST_CASE("Keys are transformers' and every parameter lies in a site", "[bert]")
   CHECK(modules["bert.encoder.layer.0.attention.output.LayerNorm"]->as<peft::Residual>() != nullptr);
   CHECK(modules["bert.encoder.layer.0.output.LayerNorm"]->as<peft::Residual>() != nullptr);
   CHECK(model->describe().task_type == "SEQ_CLS");
-  CHECK(model->bert->describe().task_type == "FEATURE_EXTRACTION");
+  CHECK(model->base_model->describe().task_type == "FEATURE_EXTRACTION");
   CHECK(model->describe().model_type == "bert");
 }
 

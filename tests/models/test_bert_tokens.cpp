@@ -129,7 +129,7 @@ TEST_CASE("A folder's BERT labels tokens, with its own head or a new one", "[pre
   CHECK(notes.empty());
 
   SECTION("a pooler is left out and named") {
-    write_model(folder / "pooled", tensors_of(*filled_classifier()->bert));
+    write_model(folder / "pooled", tensors_of(*filled_classifier()->base_model));
     torch::manual_seed(4);
     auto fresh = BertForTokenClassification::from_pretrained(folder / "pooled", 5, options);
     CHECK(fresh->config.num_labels() == 5);

@@ -3,7 +3,8 @@
     python tests/reference/compare_methods.py [--tool build/tests/peft-tool] [--seed N] [--only TEXT] [--cases]
 
 --tool is by default the environment's PEFT_PEFT_TOOL, --seed random. Python makes an adapter of random values from a
-config, on a toy model with every kind of layer (tests/io/toy_model.h) or a BERT classifier of random sizes, and:
+config, on a toy model with every kind of layer (tests/io/toy_model.h), a BERT classifier of random sizes or a small
+classifier of another family of encoders, and:
 
   forward   the adapter it wrote gives the same outputs with us
   merged    and so do its merged weights, with us and in Python
@@ -35,6 +36,7 @@ import peft
 import torch
 import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -215,12 +217,25 @@ def count_mica(module, config):
 
 
 LINEAR, EVERY = ["q", "v", "fc", "mlp.0"], common.EVERY
+# Of each family of encoders beside BERT: what transformers' classes begin with, the config's own settings, its attention's
+# names, and whether it takes prefixes. Its bases are called by what follows its name.
+Family = collections.namedtuple("Family", "name config query key value prefix")
+FAMILIES = {
+    "roberta": Family("Roberta", dict(pad_token_id=1, max_position_embeddings=30, type_vocab_size=1), "query", "key", "value",
+                      True),
+    "deberta-v2": Family("DebertaV2", dict(max_position_embeddings=30, relative_attention=True, position_buckets=8,
+                                           share_att_key=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+                                           position_biased_input=False), "query_proj", "key_proj", "value_proj", False),
+}
+TASKS = {"": ("ForSequenceClassification", "SEQ_CLS"), " tasks": ("ForSequenceClassification", "SEQ_CLS"),
+         " tokens": ("ForTokenClassification", "TOKEN_CLS"), " spans": ("ForQuestionAnswering", "QUESTION_ANS"),
+         " words": ("ForMaskedLM", None)}
 ATTENTION = ["query", "key", "value", "dense"]
 
 
 def count_prompt(model, config):
-    return sum(p.numel() for p in model.prompt_encoder.parameters()) + (
-        0 if config.task_type == "CAUSAL_LM" else sum(p.numel() for p in model.base_model.classifier.original_module.parameters()))
+    heads = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    return sum(p.numel() for module in [model.prompt_encoder, *heads] for p in module.parameters())
 
 
 def prompt_rows():
@@ -250,6 +265,48 @@ def prompt_rows():
     yield Row("multitask prompt tuning", "3 tasks, rank 2", "prompted",
               lambda: peft.MultitaskPromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5, num_tasks=3, num_ranks=2),
               count_prompt, without=unmerged)
+
+
+def family_rows(base, family):
+    """One adapter of each method on a family of encoders."""
+    linear = [family.query, family.key, family.value, "dense"]
+    yield Row("LoRA", base, base, lambda: lora(target_modules=linear), count_lora)
+    yield Row("LoRA", f"{base}, embeddings", base, lambda: lora(target_modules=["word_embeddings", family.value]), count_lora)
+    yield Row("rsLoRA", base, base, lambda: lora(target_modules=linear, use_rslora=True), count_lora)
+    yield Row("DoRA", base, base, lambda: lora(target_modules=linear, use_dora=True), count_dora)
+    yield Row("PiSSA", base, base, lambda: lora(target_modules=linear, init_lora_weights="pissa"), count_lora,
+              written_plain=True)
+    yield Row("AdaLoRA", f"{base}, no pruning", base,
+              lambda: adalora(target_modules=linear, tinit=12, total_step=40, lora_alpha=12), count_adalora)
+    yield Row("(IA)³", base, base, lambda: ia3([family.key, family.value, "output.dense"], ["output.dense"]), count_ia3)
+    for name, make, count in [("LoHa", peft.LoHaConfig, count_loha), ("LoKr", peft.LoKrConfig, count_lokr)]:
+        yield Row(name, base, base, lambda make=make: make(target_modules=linear, r=2, alpha=3), count)
+    yield Row("VeRA", base, base, lambda: peft.VeraConfig(target_modules=[family.query], r=12, d_initial=0.3), count_vera)
+    yield Row("OFT", base, base, lambda: peft.OFTConfig(target_modules=linear, oft_block_size=2, module_dropout=0.0), count_oft)
+    yield Row("BOFT", base, base, lambda: peft.BOFTConfig(target_modules=linear, boft_block_size=2), count_boft)
+    yield Row("LayerNorm tuning", base, base, lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]), count_all)
+    yield Row("trainable tokens", base, base,
+              lambda: peft.TrainableTokensConfig(target_modules=["word_embeddings"], token_indices=list(range(5, 25))),
+              count_tokens)
+    unmerged = {"merged": "virtual tokens leave the weights alone"}
+    shared = dict(task_type="SEQ_CLS", num_virtual_tokens=5)
+    yield Row("prompt tuning", base, base, lambda: peft.PromptTuningConfig(**shared), count_prompt, without=unmerged)
+    network = dict(shared, encoder_reparameterization_type="MLP", encoder_hidden_size=6)
+    yield Row("P-tuning", base, base, lambda: peft.PromptEncoderConfig(**network), count_prompt, without=unmerged,
+              begins={**network, "modules_to_save": ["classifier"]})
+    yield Row("multitask prompt tuning", base, f"{base} tasks",
+              lambda: peft.MultitaskPromptTuningConfig(**shared, num_tasks=3, num_ranks=2), count_prompt, without=unmerged)
+    if family.prefix:
+        yield Row("prefix tuning", base, base, lambda: peft.PrefixTuningConfig(**shared), count_prompt, without=unmerged)
+    for end in [" tokens", " spans", " words"]:
+        yield Row("LoRA", base + end, base + end, lambda: lora(target_modules=linear), count_lora)
+    for end in [" tokens", " spans"]:
+        task = dict(shared, task_type=TASKS[end][1])
+        yield Row("prompt tuning", base + end, base + end, lambda task=task: peft.PromptTuningConfig(**task), count_prompt,
+                  without=unmerged)
+        if family.prefix:
+            yield Row("prefix tuning", base + end, base + end, lambda task=task: peft.PrefixTuningConfig(**task), count_prompt,
+                      without=unmerged)
 
 
 def lora(**more):
@@ -446,6 +503,8 @@ def rows():
     yield Row("trainable tokens", "beside LoRA", "toy",
               lambda: lora(target_modules=LINEAR, trainable_token_indices={"emb": [4, 1, 7]}), count_lora, extra=3 * 8)
     yield from prompt_rows()
+    for base, family in FAMILIES.items():
+        yield from family_rows(base, family)
 
 
 class Comparison(common.Comparison):
@@ -483,7 +542,19 @@ class Comparison(common.Comparison):
         texts = torch.arange(9) >= torch.randint(9, (50, 1))  # padded on the left
         self.inputs["gpt2"] = {"input_ids": torch.randint(1, 40, (50, 9)) * texts, "attention_mask": texts.long()}
         self.labels["gpt2"] = torch.randint(40, (50,))
-        for name in ["prompted", "gpt2"]:
+        for name, family in FAMILIES.items():
+            config = getattr(transformers, f"{family.name}Config")(**{**dict(
+                vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                initializer_range=0.2), **family.config})
+            padding, masked = config.pad_token_id, inputs["attention_mask"] == 0
+            ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == padding, 2).masked_fill(masked, padding)
+            for end, (task, _) in TASKS.items():
+                config.num_labels = 2 if "Answering" in task else 3
+                self.bases[name + end] = getattr(transformers, family.name + task)(copy.deepcopy(config)).eval()
+                self.inputs[name + end] = {**inputs, "input_ids": ids}
+                self.labels[name + end] = torch.randint(3, (4,))
+            self.inputs[f"{name} tasks"]["task_ids"] = rows["task_ids"]
+        for name in ["prompted", "gpt2", *(name + end for name in FAMILIES for end in TASKS)]:
             self.write_base(name, None)
 
     def write_base(self, name, file):
@@ -506,8 +577,10 @@ class Comparison(common.Comparison):
         if not isinstance(model, PeftModel):
             inputs.pop("task_ids", None)
         output = model(**inputs)
+        if hasattr(output, "start_logits"):
+            return torch.cat([output.start_logits, output.end_logits], 1)
         logits = getattr(output, "logits", output)
-        return logits[:, -1] if base == "gpt2" else logits
+        return logits[:, -1] if base == "gpt2" else logits.flatten(1)
 
     def formula(self, row, model):
         config, base = model.peft_config["default"], self.bases[row.base]
@@ -647,7 +720,7 @@ class Comparison(common.Comparison):
 
     def compare(self, cells, row, python, answer, folder):
         plain = self.output(self.bases[row.base], row.base)
-        if not common.difference(python["adapted"], plain) > 1e-4:
+        if python["adapted"].shape == plain.shape and not common.difference(python["adapted"], plain) > 1e-4:
             raise ValueError("the adapter does nothing")
         if "error" in answer:
             return self.fail(cells, "forward", answer["error"])

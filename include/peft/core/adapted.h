@@ -169,8 +169,6 @@ class LayerSite : public internal::WeightSite {
  protected:
   /// The adapted F(x) of a single input.
   Tensor chain(const Tensor& x, bool positions = false) {
-    TORCH_CHECK(!positions || !this->by_rows(), RowAdapters::current() ? "RowAdapters" : "BatchSplit", ": '",
-                path(), "' is called on relative positions, which the rows of a batch share");
     return this
         ->route({x},
                 [&](const SiteImpl::Flow& in, const PieceTree& tree) -> SiteImpl::Flow {
@@ -224,7 +222,8 @@ class AdaptedImpl : public LayerSite<Layer, AdaptedImpl<Layer>> {
   /// The adapted F(x).
   Tensor forward(const Tensor& x) { return this->chain(x); }
   /// The same for a model that also calls this layer on its relative positions (DeBERTa's shared
-  /// projections): without the pieces that leave positions alone.
+  /// projections): without the pieces that leave positions alone. Where rows have adapters of their own
+  /// (`by_rows`), x has the positions once for each row.
   Tensor forward_positions(const Tensor& x) { return this->chain(x, /*positions=*/true); }
 
   /// The layer and what its adapters add to it now, where that is nothing or one low-rank term.

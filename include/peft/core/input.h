@@ -191,11 +191,11 @@ class InputSite : public ActivationSite<Derived> {
           return SiteImpl::Flow{embedded.values, embedded.mask,           embedded.positions,
                                 embedded.types,  embedded.virtual_tokens, embedded.tasks};
         },
-        [past](size_t i, const SiteImpl::Flow& rows) {
+        [past, first = options.first_position()](size_t i, const SiteImpl::Flow& rows) {
           // Rows whose positions are counted, beside rows with a prefix.
-          const bool counts = i == 2 && past == 0;
-          return counts ? torch::arange(rows[0].size(1), rows[0].options().dtype(torch::kLong)).unsqueeze(0)
-                        : Tensor();
+          if (i != 2 || past != 0) return Tensor();
+          const auto ids = rows[0].options().dtype(torch::kLong);
+          return torch::arange(first, first + rows[0].size(1), ids).unsqueeze(0);
         });
     return {out[0], out[1], out[2], out[3], past, out[4], out[5]};
   }

@@ -116,10 +116,11 @@ class ConfigReader {
     return json_[key].get<std::string>();
   }
 
-  /// Notes that the key's value will not do: "config.json: 'key' must be …, but got 3".
-  void complain(const std::string& key, const std::string& must) {
+  /// Notes that the key's value will not do: "config.json: 'key' must be …, but got 3 (hint: …)".
+  void complain(const std::string& key, const std::string& must, const std::string& hint = {}) {
     problems_.add("'" + key + "' " + must + ", but got " +
-                  (json_.contains(key) ? internal::json_text(json_[key]) : "none"));
+                  (json_.contains(key) ? internal::json_text(json_[key]) : "none") +
+                  (hint.empty() ? "" : " (hint: " + hint + ")"));
   }
 
   /// Throws c10::ValueError when there is anything to say.

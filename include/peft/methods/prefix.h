@@ -177,11 +177,15 @@ class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOpt
 
   Embedded embed(Embedded in) override {
     const auto V = options.length();
-    if (in.positions.defined()) {
+    const auto padding = site().input ? site().input->padding_position() : std::nullopt;
+    if (in.positions.defined() && padding) {  // which stays where it is
+      in.positions = torch::where(in.positions == *padding, in.positions, in.positions + V);
+    } else if (in.positions.defined()) {
       in.positions = in.positions + V;
     } else if (in.past == 0) {  // later the model counts on from the cache, which holds the prefix
+      const auto first = V + (padding ? *padding + 1 : 0);
       const auto ids = torch::TensorOptions(torch::kLong).device(in.values.device());
-      in.positions = torch::arange(V, V + in.values.size(1), ids).unsqueeze(0);
+      in.positions = torch::arange(first, first + in.values.size(1), ids).unsqueeze(0);
     }
     return in;
   }

@@ -1,4 +1,4 @@
-// What a BERT is made of: its embeddings, attention, blocks and pooler, built from sites.
+// What a BERT or a RoBERTa is made of: embeddings, attention, blocks and pooler, built from sites.
 #pragma once
 
 #include "peft/core/activation.h"
@@ -15,6 +15,7 @@
 #include <torch/nn/modules/dropout.h>
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -22,7 +23,8 @@ namespace peft::models {
 
 // The parts of the model. Their weights have no values until the model they belong to draws or loads them.
 
-/// Word, position and token type vectors, normed.
+/// Word, position and token type vectors, normed. Positions are counted from 0 (BERT), or, without the
+/// padding, from the one after the padding's (RoBERTa).
 class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
  public:
   explicit BertEmbeddingsImpl(BertConfig settings) : config(std::move(settings)) {
@@ -36,7 +38,12 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
       const auto padding = *config.pad_token_id();
       words.padding_idx(padding < 0 ? padding + config.vocab_size() : padding);
     }
-    const nn::EmbeddingOptions positions(config.max_position_embeddings(), width);
+    auto positions = nn::EmbeddingOptions(config.max_position_embeddings(), width);
+    std::optional<int64_t> padding;
+    if (config.counts_from_padding()) {
+      padding = config.pad_token_id();
+      positions.padding_idx(*padding);
+    }
     const nn::EmbeddingOptions types(config.type_vocab_size(), width);
     word_embeddings = register_module("word_embeddings", peft::internal::unset_embedding(words));
     position_embeddings = register_module("position_embeddings", peft::internal::unset_embedding(positions));
@@ -45,7 +52,8 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
                                 peft::LayerNorm(nn::LayerNormOptions({width}).eps(config.layer_norm_eps())));
     dropout = register_module("dropout", nn::Dropout(config.hidden_dropout_prob()));
     const auto sites = InputOptions(width)
-                           .positions(config.max_position_embeddings())
+                           .positions(config.positions())
+                           .padding_position(padding)
                            .layers(config.num_hidden_layers())
                            .heads(config.num_attention_heads());
     input = register_module("input", InputEmbeddings(sites));
@@ -64,20 +72,22 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
     Embedded in{each_branch(inputs.inputs_embeds), each_branch(inputs.attention_mask),
                 each_branch(inputs.position_ids), each_branch(inputs.token_type_ids)};
     if (inputs.input_ids.defined()) {
-      in.values = peft::internal::lookup(word_embeddings, each_branch(inputs.input_ids), "input_ids");
+      const auto ids = each_branch(inputs.input_ids);
+      in.values = peft::internal::lookup(word_embeddings, ids, "input_ids");
+      if (config.counts_from_padding() && !in.positions.defined()) in.positions = count_without_padding(ids);
     }
+    const bool given = inputs.position_ids.defined();
     in = input->forward(std::move(in));
-    TORCH_CHECK_VALUE(in.positions.defined() || in.values.size(1) <= config.max_position_embeddings(),
-                      "BertModel: a text must have at most ", config.max_position_embeddings(),
-                      " tokens, but got ", in.values.size(1),
-                      in.virtual_tokens.defined() ? " with its virtual ones" : "");
+    check_length(in, given);
 
     // One row of ids serves every row, unless each has adapters of its own.
     const auto rows = input->by_rows() ? in.values.size(0) : 1;
     const auto ids = torch::TensorOptions(torch::kLong).device(in.values.device());
     const auto types = in.types.defined() ? in.types : torch::zeros({rows, 1}, ids);
-    const auto positions =
-        in.positions.defined() ? in.positions : torch::arange(in.values.size(1), ids).unsqueeze(0);
+    const auto first = input->options.first_position();
+    const auto positions = in.positions.defined()
+                               ? in.positions
+                               : torch::arange(first, first + in.values.size(1), ids).unsqueeze(0);
     auto x = in.values + peft::internal::lookup(token_type_embeddings, types, "token_type_ids");
     x = x + peft::internal::lookup(position_embeddings,
                                    positions.expand({std::max(rows, positions.size(0)), -1}), "position_ids");
@@ -93,22 +103,42 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
   EmbeddingOutput output{nullptr};
 
  private:
+  const char* model() const { return config.counts_from_padding() ? "RobertaModel" : "BertModel"; }
+
+  /// The places of tokens among those that are no padding, which has its own.
+  Tensor count_without_padding(const Tensor& ids) const {
+    const auto padding = *config.pad_token_id();
+    const auto real = ids.ne(padding);
+    return real.cumsum(1, torch::kLong).mul_(real).add_(padding);
+  }
+
+  void check_length(const Embedded& in, bool given) const {
+    const auto time = in.values.size(1);
+    if (given || time <= config.positions()) return;
+    // A text may have fewer tokens than places.
+    const auto length = in.positions.defined()
+                            ? in.positions.max().item<int64_t>() + 1 - input->options.first_position()
+                            : time;
+    TORCH_CHECK_VALUE(length <= config.positions(), model(), ": a text must have at most ",
+                      config.positions(), " tokens, but got ", length,
+                      in.virtual_tokens.defined() ? " with its virtual ones" : "");
+  }
+
   void check(const EncoderInputs& inputs) const {
-    TORCH_CHECK_VALUE(inputs.input_ids.defined() != inputs.inputs_embeds.defined(),
-                      "BertModel: expected either input_ids or inputs_embeds, but got ",
+    TORCH_CHECK_VALUE(inputs.input_ids.defined() != inputs.inputs_embeds.defined(), model(),
+                      ": expected either input_ids or inputs_embeds, but got ",
                       inputs.input_ids.defined() ? "both" : "neither");
     const auto& tokens = inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds;
-    TORCH_CHECK_VALUE(tokens.dim() == (inputs.input_ids.defined() ? 2 : 3) && tokens.size(1) > 0,
-                      inputs.input_ids.defined()
-                          ? "BertModel: input_ids must be (batch, time), but got "
-                          : "BertModel: inputs_embeds must be (batch, time, hidden), but got ",
+    TORCH_CHECK_VALUE(tokens.dim() == (inputs.input_ids.defined() ? 2 : 3) && tokens.size(1) > 0, model(),
+                      inputs.input_ids.defined() ? ": input_ids must be (batch, time), but got "
+                                                 : ": inputs_embeds must be (batch, time, hidden), but got ",
                       peft::internal::shape_text(tokens.sizes()));
     const auto shape = tokens.sizes().slice(0, 2);
-    const auto check_shape = [&shape](const Tensor& tensor, const char* name, bool one_row) {
+    const auto check_shape = [this, &shape](const Tensor& tensor, const char* name, bool one_row) {
       if (!tensor.defined()) return;
       const bool fits = tensor.dim() == 2 && tensor.size(1) == shape[1] &&
                         (tensor.size(0) == shape[0] || (one_row && tensor.size(0) == 1));
-      TORCH_CHECK_VALUE(fits, "BertModel: ", name, " must be ", peft::internal::shape_text(shape),
+      TORCH_CHECK_VALUE(fits, model(), ": ", name, " must be ", peft::internal::shape_text(shape),
                         ", but got ", peft::internal::shape_text(tensor.sizes()));
     };
     check_shape(inputs.attention_mask, "attention_mask", false);

@@ -1,5 +1,4 @@
-// What the families of encoders share: inputs and outputs, the attention bias, pooling, classification
-// losses.
+// What the families of encoders share: inputs and outputs, the attention bias, pooling, losses.
 #pragma once
 
 #include "peft/core/activation_function.h"
@@ -8,10 +7,13 @@
 #include "peft/core/compat.h"
 #include "peft/core/conv1d.h"
 #include "peft/core/problems.h"
+#include "peft/io/config_json.h"
 
 #include <cstdint>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace peft {
@@ -46,25 +48,31 @@ inline Embedding unset_embedding(const nn::EmbeddingOptions& options) {
 }
 
 /// The initial values transformers gives a module and the sites below it, in its order of draws: N(0, range²)
-/// for the weights of linear layers and embeddings, 0 for biases and the padding's row. Norms are built with
-/// theirs, 1 and 0.
-inline void initialize(nn::Module& module, double range) {
+/// for the weights of linear layers, convolutions and embeddings, 0 for biases and the padding's row, 1 and 0
+/// for norms. The weight of the site `tied`, if there is one, is another's.
+inline void initialize(nn::Module& module, double range, const nn::Module* tied = nullptr) {
   torch::NoGradGuard no_grad;
   const auto draw = [range](Tensor weight) {
     // Drawn in float32, so that the values do not depend on the type but for their rounding.
     weight.copy_(torch::empty(weight.sizes(), torch::kFloat32).normal_(0.0, range));
   };
-  const auto fill = [&draw](nn::Module& site) {
+  const auto fill = [&draw, tied](nn::Module& site) {
     if (auto* linear = site.as<AdaptedImpl<nn::Linear>>()) {
-      draw(linear->base->weight);
+      if (linear != tied) draw(linear->base->weight);
       if (linear->base->bias.defined()) linear->base->bias.zero_();
     } else if (auto* turned = site.as<AdaptedImpl<TransposedLinear>>()) {
       draw(turned->base->weight);
       turned->base->bias.zero_();
+    } else if (auto* convolution = site.as<AdaptedImpl<nn::Conv1d>>()) {
+      draw(convolution->base->weight);
+      if (convolution->base->bias.defined()) convolution->base->bias.zero_();
     } else if (auto* embedding = site.as<AdaptedImpl<nn::Embedding>>()) {
       draw(embedding->base->weight);
       const auto padding = embedding->base->options.padding_idx();
       if (padding) embedding->base->weight[*padding].zero_();
+    } else if (auto* norm = site.as<AdaptedImpl<nn::LayerNorm>>()) {
+      norm->base->weight.fill_(1);
+      norm->base->bias.zero_();
     }
   };
   fill(module);
@@ -113,6 +121,51 @@ namespace models {
 /// does.
 enum class ProblemType : std::uint8_t { automatic, regression, single_label, multi_label };
 
+}  // namespace models
+
+namespace internal {
+
+/// What `config.json` calls kinds of problems.
+inline const std::vector<std::pair<std::string, models::ProblemType>>& problem_names() {
+  using models::ProblemType;
+  static const std::vector<std::pair<std::string, ProblemType>> names{
+      {"regression", ProblemType::regression},
+      {"single_label_classification", ProblemType::single_label},
+      {"multi_label_classification", ProblemType::multi_label}};
+  return names;
+}
+
+inline models::ProblemType read_problem_type(ConfigReader& reader) {
+  if (!reader.has("problem_type")) return models::ProblemType::automatic;
+  const auto given = reader.string("problem_type", "regression");
+  for (const auto& [name, problem] : problem_names()) {
+    if (name == given) return problem;
+  }
+  reader.complain("problem_type",
+                  "must be \"regression\", \"single_label_classification\" or "
+                  "\"multi_label_classification\"");
+  return models::ProblemType::automatic;
+}
+
+/// Writes a classifier's labels and kind of problem as `config.json` has them.
+inline void write_labels(nlohmann::ordered_json& json, const std::vector<std::string>& labels,
+                         models::ProblemType problem) {
+  for (size_t i = 0; i < labels.size(); ++i) {
+    json["id2label"][std::to_string(i)] = labels[i];
+    json["label2id"][labels[i]] = i;
+  }
+  for (const auto& [name, known] : problem_names()) {
+    if (known == problem) json["problem_type"] = name;
+  }
+}
+
+}  // namespace internal
+
+namespace models {
+
+/// Chooses the constructor for those who set a model's values next.
+struct Unset {};
+
 using peft::activation_function;
 using peft::activation_functions;
 using peft::ActivationFunction;
@@ -123,9 +176,11 @@ struct EncoderInputs {
   Tensor inputs_embeds;               ///< (batch, time, hidden), word vectors
   Tensor attention_mask;              ///< (batch, time), 0 where a token is padding; absent: none is
   Tensor token_type_ids;              ///< (batch, time); absent: all 0
-  Tensor position_ids;                ///< (batch or 1, time); absent: 0, 1, 2, …
+  Tensor position_ids;                ///< (batch or 1, time); absent: counted as the family counts them
   Tensor labels;                      ///< asks the head for a loss: `classification_loss`, `token_loss`
   bool output_hidden_states = false;  ///< asks for `EncoderOutput::hidden_states`
+  Tensor start_positions = {};        ///< (batch), the answer's first token; with
+  Tensor end_positions = {};          ///< its last one it asks question answering for a loss: `span_loss`
 };
 
 /// What a forward gives. Undefined members are those the model does not have or was not asked for.
@@ -136,6 +191,8 @@ struct EncoderOutput {
   Tensor logits;                      ///< (batch, labels), or of each token: (batch, time, labels)
   Tensor loss;                        ///< a scalar
   Tensor virtual_tokens;              ///< (batch or 1, time), true for those of a prompt; see `real_tokens`
+  Tensor start_logits = {};           ///< (batch, time), of question answering: that an answer begins here
+  Tensor end_logits = {};             ///< (batch, time): that it ends here
 };
 
 /// What a model gives for each token, without the virtual ones that a prompt put into the text.
@@ -210,6 +267,26 @@ inline Tensor token_loss(const Tensor& logits, const Tensor& labels) {
                       ", or -100, but got ", wrong.numel() ? wrong[0].item<int64_t>() : 0);
   }
   return at::cross_entropy_loss(logits.flatten(0, 1), labels.flatten().to(torch::kLong));
+}
+
+/// The loss transformers' question answerers compute: the mean of the cross entropies of the answer's first
+/// and last token among the text's. A position that is not in the text is ignored: those past its end, and
+/// below 0 it is the first token. Shapes: logits (batch, time); positions (batch) or (batch, 1).
+/// Throws: c10::ValueError for positions that are not one whole number a row.
+inline Tensor span_loss(const Tensor& start_logits, const Tensor& end_logits, const Tensor& start_positions,
+                        const Tensor& end_positions) {
+  const auto time = start_logits.size(1);
+  const auto of = [time](const Tensor& logits, const Tensor& positions, const char* name) {
+    TORCH_CHECK_VALUE(
+        positions.numel() == logits.size(0) && at::isIntegralType(positions.scalar_type(), false),
+        "span_loss: ", name, " must be one whole number a row, ", logits.size(0), " of them, but got ",
+        c10::toString(positions.scalar_type()), " ", peft::internal::shape_text(positions.sizes()));
+    return at::cross_entropy_loss(logits, positions.reshape(-1).to(torch::kLong).clamp(0, time),
+                                  /*weight=*/{}, at::Reduction::Mean, /*ignore_index=*/time);
+  };
+  return (of(start_logits, start_positions, "start_positions") +
+          of(end_logits, end_positions, "end_positions")) /
+         2;
 }
 
 }  // namespace models

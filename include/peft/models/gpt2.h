@@ -11,6 +11,7 @@
 #include "peft/models/gpt2_config.h"
 #include "peft/models/gpt2_layers.h"
 #include "peft/models/pretrained.h"
+#include "peft/models/tied_output.h"
 
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/dropout.h>
@@ -214,7 +215,7 @@ class GPT2Model : public nn::ModuleHolder<GPT2ModelImpl> {
 ///
 /// A tied `lm_head.weight` is a frozen view of `transformer.wte.weight`: while the word vectors train, the
 /// head's gradient reaches them directly. Merging an adapter on one of the two leaves the other as it is.
-class GPT2LMHeadModelImpl : public nn::Cloneable<GPT2LMHeadModelImpl>, public Pretrained {
+class GPT2LMHeadModelImpl : public TiedOutput<GPT2LMHeadModelImpl>, public Pretrained {
  public:
   using Inputs = GPT2Inputs;
   using Unset = GPT2ModelImpl::Unset;
@@ -231,9 +232,7 @@ class GPT2LMHeadModelImpl : public nn::Cloneable<GPT2LMHeadModelImpl>, public Pr
     transformer = register_module("transformer", GPT2Model(config, Unset()));
     lm_head = register_module(
         "lm_head", peft::internal::unset_linear(config.n_embd(), config.vocab_size(), /*bias=*/false));
-    if (!config.tie_word_embeddings()) return;
-    tie();
-    lm_head->tie_to(transformer->wte.ptr());
+    tie_output();
   }
 
   GPT2Output forward(const GPT2Inputs& inputs) {
@@ -247,9 +246,7 @@ class GPT2LMHeadModelImpl : public nn::Cloneable<GPT2LMHeadModelImpl>, public Pr
     auto hidden = result.last_hidden_state;
     if (inputs.logits_to_keep) hidden = hidden.slice(1, -inputs.logits_to_keep);
     hidden = transformer->output->leave(hidden);
-    const auto& words = transformer->wte->base->weight;
-    const bool directly = words.requires_grad() && is_tied() && lm_head->adapters().empty();
-    result.logits = directly ? at::linear(hidden, words) : lm_head->forward(hidden);
+    result.logits = score(hidden);
     if (inputs.labels.defined())
       result.loss =
           causal_loss(result.logits,
@@ -259,41 +256,14 @@ class GPT2LMHeadModelImpl : public nn::Cloneable<GPT2LMHeadModelImpl>, public Pr
     return result;
   }
 
-  /// True while the head's weight is the word vectors'.
-  bool is_tied() const {
-    return peft::internal::is_tied(lm_head->base->weight, transformer->wte->base->weight);
-  }
-
-  // What gives the tensors new memory, and ties them again.
-
-  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override {
-    tied_again([&] { nn::Module::to(device, dtype, non_blocking); });
-  }
-  void to(torch::Dtype dtype, bool non_blocking = false) override {
-    tied_again([&] { nn::Module::to(dtype, non_blocking); });
-  }
-  void to(torch::Device device, bool non_blocking = false) override {
-    tied_again([&] { nn::Module::to(device, non_blocking); });
-  }
-  void load(torch::serialize::InputArchive& archive) override {
-    nn::Module::load(archive);
-    const bool same = torch::equal(lm_head->base->weight, transformer->wte->base->weight);
-    if (config.tie_word_embeddings() && same) tie();
-  }
-  std::shared_ptr<nn::Module> clone(const peft::internal::OptionalDevice& device = {}) const override {
-    auto copy = nn::Cloneable<GPT2LMHeadModelImpl>::clone(device);
-    auto& model = *copy->as<GPT2LMHeadModelImpl>();
-    if (is_tied()) model.tie();
-    if (config.tie_word_embeddings()) model.lm_head->tie_to(model.transformer->wte.ptr());
-    return copy;
-  }
-
   ModelDescription describe() const override { return {"CAUSAL_LM", name_or_path, "gpt2"}; }
   std::string architecture() const override { return "GPT2LMHeadModel"; }
   void gradient_checkpointing(bool on) override { transformer->gradient_checkpointing(on); }
   nlohmann::ordered_json config_json() const override { return config.json(); }
   std::string base_prefix() const override { return "transformer"; }
-  std::string head() const override { return config.tie_word_embeddings() ? "" : "lm_head"; }
+  std::vector<std::string> head() const override {
+    return config.tie_word_embeddings() ? std::vector<std::string>{} : std::vector<std::string>{"lm_head"};
+  }
   std::vector<std::string> others() const override {
     return {"score.", "classifier.", "qa_outputs.", "multiple_choice_head."};
   }
@@ -307,14 +277,9 @@ class GPT2LMHeadModelImpl : public nn::Cloneable<GPT2LMHeadModelImpl>, public Pr
   GPT2Model transformer{nullptr};
   Linear lm_head{nullptr};
 
- private:
-  void tie() { peft::internal::tie(lm_head->base->weight, transformer->wte->base->weight); }
-  template <class Change>
-  void tied_again(const Change& change) {
-    const bool tied = is_tied();
-    change();
-    if (tied) tie();
-  }
+  // What TiedOutput asks for.
+  Embedding& words() { return transformer->wte; }
+  Linear& output_layer() { return lm_head; }
 };
 
 /// Holder of `GPT2LMHeadModelImpl`.

@@ -48,8 +48,8 @@ class Pretrained : public Described {
   virtual std::string architecture() const = 0;
   /// transformers' name of the base inside a model with a head: "bert".
   virtual std::string base_prefix() const = 0;
-  /// The task head's path, or an empty string. It alone may be absent from a file.
-  virtual std::string head() const { return {}; }
+  /// The paths of the task head's parts, in the order of their draws. They alone may be absent from a file.
+  virtual std::vector<std::string> head() const { return {}; }
   /// Beginnings of the keys of heads and poolers that other models of this family have.
   virtual std::vector<std::string> others() const = 0;
   /// Draws the head's initial values.
@@ -57,6 +57,8 @@ class Pretrained : public Described {
   /// Parameters that are one matrix: the first name's values are the second's. A file needs to hold only one
   /// of them; one that holds both, and differently, makes them two.
   virtual std::vector<std::pair<std::string, std::string>> tied() const { return {}; }
+  /// Second names that transformers' files have for a parameter: the name, then the parameter's.
+  virtual std::vector<std::pair<std::string, std::string>> aliases() const { return {}; }
 
   /// In training, keeps only the inputs of the blocks until backward, which runs each block once more
   /// (`peft::checkpoint`): the same gradients from less memory. Off in evaluation. Throws: in forward, where
@@ -169,19 +171,30 @@ class PretrainedFolder {
 
 namespace internal {
 
-/// The key under which a model holds a file's tensor: old names of norms are renamed, the base prefix is
-/// added or removed as transformers does. The name itself where the model has none such.
-inline std::string model_key(std::string name, const std::string& base_prefix,
+/// The key under which a model holds a file's tensor: old names of norms are renamed, second names are
+/// replaced, the base prefix is added or removed as transformers does. The name itself where the model has
+/// none such.
+inline std::string model_key(std::string name, const models::Pretrained& model,
                              const std::function<bool(const std::string&)>& holds) {
   const auto rename = [&name](const std::string& from, const std::string& to) {
     if (name.ends_with(from)) name.replace(name.size() - from.size(), from.size(), to);
   };
   rename("LayerNorm.gamma", "LayerNorm.weight");
   rename("LayerNorm.beta", "LayerNorm.bias");
-  const std::string prefix = base_prefix + ".";
+  for (const auto& [second, own] : model.aliases()) {
+    if (name == second) return own;
+  }
+  const std::string prefix = model.base_prefix() + ".";
   if (name.starts_with(prefix) && holds(name.substr(prefix.size()))) return name.substr(prefix.size());
   if (holds(prefix + name)) return prefix + name;
   return name;
+}
+
+/// Whether a name is a parameter's second one.
+inline bool is_alias(const models::Pretrained& model, const std::string& name) {
+  const auto aliases = model.aliases();
+  return std::any_of(aliases.begin(), aliases.end(),
+                     [&name](const auto& pair) { return pair.first == name; });
 }
 
 /// Buffers that older files hold and every model can compute.
@@ -191,6 +204,42 @@ inline bool is_derived_buffer(const std::string& name) {
     if (name.ends_with(end)) return true;
   }
   return false;
+}
+
+/// The types of this library that read a `model_type`, as in "Bert"; empty: none do.
+inline std::string family_name(const std::string& model_type) {
+  struct Row {
+    std::vector<std::string> model_types;
+    const char* name;
+  };
+  static const std::vector<Row> rows{{{"bert"}, "Bert"},
+                                     {{"roberta", "xlm-roberta", "camembert"}, "Roberta"},
+                                     {{"deberta-v2"}, "DebertaV2"},
+                                     {{"gpt2"}, "GPT2"}};
+  for (const auto& [types, name] : rows) {
+    if (std::find(types.begin(), types.end(), model_type) != types.end()) return name;
+  }
+  return {};
+}
+
+/// What a config says that is of none of these kinds, with the types that read it.
+inline void check_model_type(ConfigReader& reader, const std::vector<std::string>& model_types) {
+  const auto found = reader.string("model_type", model_types.front());
+  if (std::find(model_types.begin(), model_types.end(), found) != model_types.end()) return;
+  std::string must = "must be ";
+  for (size_t i = 0; i < model_types.size(); ++i) {
+    must += (i == 0 ? "\"" : i + 1 < model_types.size() ? ", \"" : " or \"") + model_types[i] + "\"";
+  }
+  const auto family = family_name(found);
+  reader.complain("model_type", must,
+                  family.empty() ? "" : "peft::models::" + family + "Model opens this folder");
+}
+
+/// Whether a key lies in the model's head.
+inline bool in_head(const models::Pretrained& model, const std::string& key) {
+  const auto head = model.head();
+  return std::any_of(head.begin(), head.end(),
+                     [&key](const std::string& part) { return key.starts_with(part + "."); });
 }
 
 /// True where both are the same memory.
@@ -258,7 +307,8 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
   std::vector<std::string> left_out;
   std::vector<std::pair<std::string, std::string>> extra;
   for (const auto& [name, file] : folder.tensors()) {
-    const auto key = peft::internal::model_key(name, self->base_prefix(), holds);
+    const auto key = peft::internal::model_key(name, *self, holds);
+    if (peft::internal::is_alias(*self, name) && folder.tensors().count(key)) continue;
     if (!holds(key)) {
       const auto others = self->others();
       // Without its base prefix a name says whose head it is.
@@ -279,8 +329,7 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
     if (entry.shape != parameters[key].sizes().vec()) {
       std::string line = "'" + name + "' expected " + peft::internal::shape_text(parameters[key].sizes()) +
                          ", but got " + peft::internal::shape_text(entry.shape);
-      const bool in_head = !self->head().empty() && key.starts_with(self->head() + ".");
-      if (in_head) line += " (hint: another number of labels than asked for)";
+      if (peft::internal::in_head(*self, key)) line += " (hint: another number of labels than asked for)";
       problems.add(line);
     } else if (!c10::isFloatingType(entry.dtype)) {
       problems.add("'" + name + "' must be of a floating type, but is " + entry.dtype_name);
@@ -300,9 +349,10 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
   std::vector<std::string> missing, missing_head;
   size_t head_size = 0;
   for (const auto& item : parameters) {
-    const bool in_head = !self->head().empty() && item.key().starts_with(self->head() + ".");
+    if (follows(item.key())) continue;
+    const bool in_head = peft::internal::in_head(*self, item.key());
     head_size += in_head;
-    if (sources.count(item.key()) || follows(item.key())) continue;
+    if (sources.count(item.key())) continue;
     (in_head ? missing_head : missing).push_back(item.key());
   }
   const bool no_head = head_size > 0 && missing_head.size() == head_size;
@@ -352,10 +402,10 @@ inline void load_pretrained(nn::Module& model, const PretrainedFolder& folder,
 
 namespace internal {
 
-/// The settings of a folder's model.
-template <class Config>
-Config read_config(const models::PretrainedFolder& folder, const models::PretrainedOptions& options) {
-  auto config = Config::read(folder.config_path());
+/// The settings of a folder's model, as `Source` reads them.
+template <class Source>
+auto read_config(const models::PretrainedFolder& folder, const models::PretrainedOptions& options) {
+  auto config = Source::read(folder.config_path());
   if (options.dropout()) config.dropout(*options.dropout());
   return config;
 }

@@ -9,6 +9,7 @@
 
 #include <torch/arg.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -62,7 +63,7 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   for (const auto& [file_name, file] : folder.files()) {
     auto& tensors = files.emplace_back(file_name, 0).second;
     for (const auto& name : file.names()) {
-      const auto key = peft::internal::model_key(name, self->base_prefix(), holds);
+      const auto key = peft::internal::model_key(name, *self, holds);
       const auto* parameter = parameters.find(key);
       if (parameter && parameter->sizes().vec() != file.entry(name).shape) {
         problems.add("'" + name + "' expected " + peft::internal::shape_text(file.entry(name).shape) +
@@ -72,18 +73,35 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
       tensors.emplace_back(name, parameter ? *parameter : file.tensor(name));
     }
   }
-  for (const char* end : {".weight", ".bias"}) {
-    const auto* parameter = options.new_head() ? parameters.find(self->head() + end) : nullptr;
-    if (parameter && !written.count(self->head() + end))
-      files.back().second.emplace_back(self->head() + end, *parameter);
+  const auto tied = self->tied();
+  const auto follows = [&tied](const std::string& key) {
+    return std::any_of(tied.begin(), tied.end(), [&key](const auto& pair) { return pair.first == key; });
+  };
+  for (const auto& item : parameters) {
+    const bool is_new = options.new_head() && peft::internal::in_head(*self, item.key()) &&
+                        !written.count(item.key()) && !follows(item.key());
+    if (is_new) files.back().second.emplace_back(item.key(), item.value());
   }
   // Merging on one of two tied matrices makes them two.
   bool untied = false;
-  for (const auto& [head, words] : self->tied()) {
+  for (const auto& [head, words] : tied) {
     if (torch::equal(parameters[head], parameters[words])) continue;
     untied = true;
     for (const auto& key : {head, words}) {
       if (!written.count(key)) files.back().second.emplace_back(key, parameters[key]);
+    }
+  }
+  // transformers knows a tied head's bias by either of its names, and an untied one's by its own.
+  for (const auto& [second, own] : self->aliases()) {
+    const bool whole = untied || (options.new_head() && !written.count(own));
+    for (const auto& name : {second, own}) {
+      const auto in_file = [&name](const auto& file) {
+        return std::any_of(file.second.begin(), file.second.end(),
+                           [&name](const auto& tensor) { return tensor.first == name; });
+      };
+      if (whole && std::none_of(files.begin(), files.end(), in_file)) {
+        files.back().second.emplace_back(name, parameters[own]);
+      }
     }
   }
   problems.raise("save_pretrained: '" + source.string() + "' is not this model's base");
@@ -151,10 +169,15 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
     if (same) left_out.insert(head);
     if (!same) config["tie_word_embeddings"] = false;
   }
+  // The bias of a head that is tied has its second name alone, as in transformers' own files.
+  for (const auto& [second, own] : self->aliases()) {
+    if (!left_out.empty()) left_out.insert(own);
+  }
   std::vector<std::pair<std::string, Tensor>> tensors;
   for (const auto& item : parameters) {
     if (!left_out.count(item.key())) tensors.emplace_back(item.key(), item.value());
   }
+  for (const auto& [second, own] : self->aliases()) tensors.emplace_back(second, parameters[own]);
   save_safetensors(directory / PretrainedFolder::weights_name, tensors, {{"format", "pt"}});
   config["architectures"] = {self->architecture()};
   config["dtype"] = peft::internal::name_of_dtype(parameters.front().value().scalar_type());

@@ -1,0 +1,57 @@
+// Tiny encoders of every family with weights from a formula, for the tests of their tasks.
+#pragma once
+
+#include "models/tiny_bert.h"
+#include "peft/models/roberta.h"
+
+#include <string>
+
+namespace peft_test {
+
+using peft::models::RobertaConfig;
+
+inline BertConfig tiny_roberta() {
+  return RobertaConfig()
+      .vocab_size(20)
+      .hidden_size(8)
+      .num_hidden_layers(2)
+      .num_attention_heads(2)
+      .intermediate_size(12)
+      .max_position_embeddings(12)
+      .type_vocab_size(1)
+      .layer_norm_eps(1e-5)
+      .num_labels(3);
+}
+
+/// The formula of tests/reference/encoder_values.py.
+inline void fill_by_name(torch::nn::Module& model) {
+  const torch::NoGradGuard no_grad;
+  for (auto& item : model.named_parameters()) {
+    const auto& name = item.key();
+    if (name.ends_with("decoder.weight")) continue;  // it is the words'
+    int k = 0;
+    for (const char letter : name) k += letter;
+    auto values = 0.15 * (0.7 * torch::arange(item.value().numel(), torch::kFloat64) + k % 31).sin();
+    if (name.ends_with("LayerNorm.weight") || name.ends_with("layer_norm.weight")) values += 1;
+    item.value().copy_(values.reshape(item.value().sizes()));
+  }
+}
+
+/// A model of that formula, in evaluation mode.
+template <class Model>
+Model filled_by_name(const BertConfig& config) {
+  Model model(config);
+  fill_by_name(*model);
+  model->eval();
+  return model;
+}
+
+/// A batch with a RoBERTa's padding.
+inline EncoderInputs roberta_batch() {
+  EncoderInputs inputs;
+  inputs.input_ids = torch::tensor({{5, 3, 19, 7}, {0, 2, 1, 1}});
+  inputs.attention_mask = torch::tensor({{1, 1, 1, 1}, {1, 1, 0, 0}});
+  return inputs;
+}
+
+}  // namespace peft_test
