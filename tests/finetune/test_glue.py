@@ -1,0 +1,173 @@
+"""peft-glue on a tiny model and tiny data in GLUE's layout: the table, what is skipped, resuming, wrong input."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tiny_model import make_model, rows
+
+PROGRAM = os.environ.get("PEFT_GLUE")
+if not PROGRAM or not os.access(PROGRAM, os.X_OK):
+    print("skipped: PEFT_GLUE names no program")
+    sys.exit(77)
+
+
+def run(*arguments):
+    return subprocess.run([PROGRAM, *map(str, arguments), "--threads", "1"], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
+
+
+def good(*arguments):
+    done = run(*arguments)
+    assert done.returncode == 0, f"exit {done.returncode} of {arguments}\n{done.stderr}"
+    return done
+
+
+def bad(*arguments, says):
+    done = run(*arguments)
+    assert done.returncode in (1, 2), f"exit {done.returncode} of {arguments}\n{done.stderr}"
+    for text in says:
+        assert text in done.stderr, f"'{text}' is not in\n{done.stderr}"
+
+
+def write(path, header, lines, mark=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = mark + "".join("\t".join(line) + "\n" for line in ([header] if header else []) + lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def make_data(folder):
+    """CoLA, STS-B and RTE, a few rows each; a quote is a character."""
+    for split, seed, count in [("train", 1, 40), ("dev", 2, 24)]:
+        single = [(label, text) for label, text in rows(count, seed)]
+        pairs = rows(count, seed + 2, pairs=True)
+        write(folder / "CoLA" / f"{split}.tsv", None,
+              [["gj04", str(int(label == "cat")), "", '"' + text] for label, text in single])
+        columns = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2",
+                   "score"]
+        write(folder / "STS-B" / f"{split}.tsv", columns,
+              [[str(i), "g", "f", "y", "0", "none", "none", a, b, f"{len(b) % 6}.000"]
+               for i, (_, a, b) in enumerate(pairs)])
+        write(folder / "RTE" / f"{split}.tsv", ["index", "sentence1", "sentence2", "label"],
+              [[str(i), a, b, "entailment" if label == "cat" else "not_entailment"]
+               for i, (label, a, b) in enumerate(pairs)], mark="\ufeff")
+    return folder
+
+
+def test_table_and_resume(folder, model, data):
+    out = folder / "out"
+    arguments = ["--data", data, "--model", model, "--out", out, "--seeds", 2, "--batch-size", 8, "--epochs", 2,
+                 "--method", "head", "--method", "lora:rank=2,lr=1e-2", "--method", "increlora:target_rank=2,lr=1e-2"]
+    first = good(*arguments)
+    for absent in ["SST-2", "MRPC", "QQP", "MNLI", "QNLI", "WNLI"]:
+        assert f"{absent}: skipped" in first.stderr, first.stderr
+    for column in ["CoLA Matthews", "STS-B Pearson", "STS-B Spearman", "RTE accuracy", "average", "±"]:
+        assert column in first.stdout, first.stdout
+    assert (out / "table.txt").read_text() == first.stdout
+    assert (out / "table.md").read_text().startswith("| method |")
+    with open(out / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 3 * 2 * (1 + 2 + 1)
+    assert all(line["best_step"] and int(line["trained_with_head"]) > 0 for line in table)
+    heads = {line["task"]: line for line in table if line["method"] == "head"}
+    assert heads["STS-B"]["trained_with_head"] == "17" and heads["RTE"]["trained_with_head"] == "34"
+    assert all(line["trained"] == "0" for line in heads.values())
+    cells = sorted((out / "cells").rglob("*.json"))
+    assert len(cells) == 3 * 3 * 2
+    cell = json.loads((out / "cells" / "CoLA" / "lora-0.json").read_text())
+    steps = [point["step"] for point in cell["result"]["curve"]]
+    assert steps == [5, 10], steps  # every epoch
+    assert (out / "best" / "CoLA" / "lora-0" / "adapter_config.json").exists()
+
+    # What is finished stays; what is not is run again, and comes out the same.
+    kept, lost = cells[0], out / "cells" / "RTE" / "increlora-1.json"
+    before, result = kept.stat().st_mtime_ns, json.loads(lost.read_text())["result"]
+    lost.unlink()
+    again = good(*arguments)
+    assert again.stderr.count(" of 18: ") == 1, again.stderr
+    assert kept.stat().st_mtime_ns == before
+    repeated = json.loads(lost.read_text())["result"]
+    assert repeated["curve"] == result["curve"] and repeated["last_loss"] == result["last_loss"]
+    assert (good(*arguments, "--report")).stdout == (out / "table.txt").read_text()
+
+    # Settings that differ are an error, and nothing is trained.
+    bad(*arguments, "--max-length", 16, says=["CoLA/head-0.json", "recipe.max_length was 128", "but is 16 now"])
+    bad(*[16 if x == 8 else x for x in arguments], says=["recipe.batch_size was 8"])
+    (data / "RTE" / "dev.tsv").write_text((data / "RTE" / "dev.tsv").read_text() + "99\ta\tb\tentailment\n")
+    bad(*arguments, says=["RTE/head-0.json", "data was"])
+    make_data(data)
+
+
+def test_eval_every_and_rows(folder, model, data):
+    out = folder / "often"
+    good("--data", data, "--model", model, "--out", out, "--seeds", 1, "--batch-size", 8, "--epochs", 1, "--task",
+         "cola", "--method", "bitfit", "--rows", "CoLA=33", "--eval-every", 2, "--no-best")
+    cell = json.loads((out / "cells" / "CoLA" / "bitfit-0.json").read_text())
+    assert [point["step"] for point in cell["result"]["curve"]] == [2, 4, 5]
+    assert not (out / "best").exists()
+
+
+def test_other_family(folder, data):
+    """RoBERTa's head has two layers, and its positions begin after that of padding."""
+    model = make_model(folder / "roberta", positions=41)
+    settings = json.loads((folder / "roberta" / "config.json").read_text())
+    (folder / "roberta" / "config.json").write_text(
+        json.dumps(settings | {"model_type": "roberta", "architectures": ["RobertaModel"]}))
+    out = folder / "of_roberta"
+    arguments = ["--data", data, "--model", model, "--out", out, "--seeds", 1, "--batch-size", 8, "--epochs", 1,
+                 "--task", "RTE", "--method", "head", "--method", "lora"]
+    good(*arguments)
+    for method in ["head", "lora"]:
+        cell = json.loads((out / "cells" / "RTE" / f"{method}-0.json").read_text())
+        assert cell["result"]["head_weights"] == 16 * 16 + 16 + 2 * 16 + 2, cell
+        assert cell["settings"]["recipe"]["max_length"] == 40, cell
+    bad(*arguments, "--max-length", 41, says=["--max-length must be at most 40"])
+
+
+def test_wrong_input(folder, model, data):
+    out = folder / "never"
+    common = ["--model", model, "--out", out, "--method", "head", "--seeds", 1]
+    wrong = folder / "wrong"
+    make_data(wrong)
+    (wrong / "QNLI").mkdir()
+    for split in ["train", "dev"]:
+        (wrong / "QNLI" / f"{split}.tsv").write_text((wrong / "RTE" / f"{split}.tsv").read_text())
+    bad("--data", wrong, *common, "--task", "QNLI",
+        says=["QNLI/train.tsv", "expected the columns of QNLI (index, question, sentence, label)",
+              "found index, sentence1, sentence2, label, those of RTE and WNLI"])
+    (wrong / "WNLI").mkdir()
+    for split in ["train", "dev"]:
+        (wrong / "WNLI" / f"{split}.tsv").write_text((wrong / "RTE" / f"{split}.tsv").read_text())
+    bad("--data", wrong, *common, "--task", "WNLI", says=["label must be one of WNLI's (0, 1), but got"])
+    (wrong / "CoLA" / "dev.tsv").write_text("gj04\t1\t\ta cat\ngj04\t1\t\ta dog\n")
+    bad("--data", wrong, *common, "--task", "CoLA",
+        says=["CoLA/dev.tsv: Matthews is undefined on this data", "every row is of class 1"])
+    lines = (wrong / "STS-B" / "dev.tsv").read_text().splitlines()
+    same = [line.rsplit("\t", 1)[0] + "\t2.5" for line in lines[1:]]
+    (wrong / "STS-B" / "dev.tsv").write_text("\n".join(lines[:1] + same) + "\n")
+    bad("--data", wrong, *common, "--task", "STS-B", says=["Pearson is undefined on this data", "2.5"])
+    bad("--data", wrong, *common, "--task", "MNLI,QQP", says=["has none of the tasks", "MNLI: skipped"])
+    bad("--data", folder / "nowhere", *common, says=["--data: there is no folder"])
+    bad("--data", data, *common, "--task", "COLLA", says=["no task 'COLLA'; nearest: 'CoLA'"])
+    bad("--data", data, "--model", model, "--out", out, "--method", "loro", says=["no method 'loro'"])
+    bad("--data", data, *common, "--preset", "published", says=["no published recipe of head"])
+    bad("--data", data, *common, "--rows", "RTE=0", says=["--rows", "RTE=0"])
+    three = make_model(folder / "three", labels=3)
+    bad("--data", data, "--model", three, "--out", out, "--method", "head", "--seeds", 1, "--task", "RTE",
+        says=["classifier.weight"])
+    assert not out.exists(), list(out.rglob("*"))
+
+
+with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    model = make_model(folder / "model")
+    data = make_data(folder / "data")
+    test_table_and_resume(folder, model, data)
+    test_eval_every_and_rows(folder, model, data)
+    test_other_family(folder, data)
+    test_wrong_input(folder, model, data)
+print("peft-glue: passed")
