@@ -1,5 +1,8 @@
 #include "catch.h"
 #include "models/tiny_bert.h"
+#include "peft/methods/lora.h"
+#include "peft/model/add_adapter.h"
+#include "peft/model/merge.h"
 #include "peft/models/save_pretrained.h"
 
 #include <functional>
@@ -573,6 +576,22 @@ TEST_CASE("A written folder has every tensor of its source", "[pretrained]") {
     CHECK(notes.empty());
     CHECK(again->forward(batch()).logits.equal(model->forward(batch()).logits));
     CHECK(again->config.labels() == std::vector<std::string>{"no", "yes"});
+  }
+  SECTION("no tensor of an adapter is written, with a source or without") {
+    auto model = BertForSequenceClassification::from_pretrained(folder / "source", 2, options);
+    const auto adapter = peft::add_adapter(*model, peft::LoraOptions(2), peft::named({"query"}));
+    peft::train_also(adapter, *model, peft::named({"classifier"}));
+    for (auto& parameter : adapter.parameters()) parameter.add_(0.1);
+    const auto logits = model->forward(batch()).logits;
+    peft::merge(*model);
+    save_pretrained(*model, folder / "merged", folder / "source",
+                    SaveOptions().new_head(true).labels({"no", "yes"}));
+    save_pretrained(*model, folder / "alone");
+    for (const char* name : {"merged", "alone"}) {
+      INFO(name);
+      auto again = BertForSequenceClassification::from_pretrained(folder / name, 2, options);
+      CHECK(again->forward(batch()).logits.allclose(logits, 1e-5, 1e-6));
+    }
   }
   SECTION("weights keep the model's type, and the config names it") {
     auto wide =

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "peft/core/compat.h"
+#include "peft/core/site.h"
 #include "peft/io/atomic_file.h"
 #include "peft/io/config_json.h"
 #include "peft/io/safetensors.h"
@@ -17,6 +18,23 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+namespace peft::internal {
+
+/// The parameters of a model of ours, each of which lies in a site, without those of adapters.
+inline torch::OrderedDict<std::string, Tensor> base_parameters(const nn::Module& model) {
+  torch::OrderedDict<std::string, Tensor> parameters;
+  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
+    const auto* site = dynamic_cast<const SiteImpl*>(item.value().get());
+    if (!site) continue;
+    for (const auto& own : site->base_parameters()) {
+      parameters.insert(item.key() + "." + own.key(), own.value());
+    }
+  }
+  return parameters;
+}
+
+}  // namespace peft::internal
 
 namespace peft::models {
 
@@ -55,7 +73,7 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   TORCH_CHECK(!std::filesystem::equivalent(directory, source, error), "save_pretrained: '",
               directory.string(), "' must not be the folder the base is read from");
 
-  const auto parameters = model.named_parameters();
+  const auto parameters = peft::internal::base_parameters(model);
   const auto holds = [&parameters](const std::string& key) { return parameters.contains(key); };
   peft::internal::Problems problems;
   std::set<std::string> written;
@@ -162,7 +180,7 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   TORCH_CHECK(!error, "save_pretrained: cannot make '", directory.string(), "': ", error.message());
-  const auto parameters = model.named_parameters();
+  const auto parameters = peft::internal::base_parameters(model);
   std::set<std::string> left_out;
   for (const auto& [head, words] : self->tied()) {
     const bool same = torch::equal(parameters[head], parameters[words]);
