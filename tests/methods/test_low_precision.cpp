@@ -1,3 +1,4 @@
+#include <array>
 #include <cmath>
 #include <functional>
 #include <utility>
@@ -56,8 +57,8 @@ struct Trained {
 };
 
 /// A hundred steps towards the same targets, the adapter's start and masks the same in every type.
-Trained train(torch::ScalarType type, bool fast, int64_t rank, double rate) {
-  torch::manual_seed(3);
+Trained train(torch::ScalarType type, bool fast, int64_t rank, double rate, uint64_t seed) {
+  torch::manual_seed(seed);
   Net net(type);
   auto adapter = peft::add_adapter(
       *net, peft::LoraOptions(rank).alpha(8).dropout(rate).init(peft::LoraInit::random), peft::all());
@@ -65,7 +66,7 @@ Trained train(torch::ScalarType type, bool fast, int64_t rank, double rate) {
   const auto forward = [&](const Tensor& in) {
     return fast ? net->forward(in) : composed(net, adapter, in, net->is_training() ? rate : 0);
   };
-  torch::manual_seed(4);
+  torch::manual_seed(seed + 1);
   const auto x = torch::randn({16, 32}).to(torch::kBFloat16).to(type);
   const auto target = torch::randn({16, 16}).to(torch::kFloat64);
   peft::AdamW optimizer(adapter, torch::optim::AdamWOptions(3e-3).weight_decay(0));
@@ -103,17 +104,27 @@ TEST_CASE("On a base in bfloat16 the fast forms are about as right as casting ac
   const auto level = GENERATE(CpuLevel::scalar, CpuLevel::avx2, CpuLevel::avx512);
   const CpuLevelGuard guard(level);
   INFO("rank " << rank << ", dropout " << rate);
-  const auto truth = train(torch::kFloat64, false, rank, rate),
-             cast = train(torch::kBFloat16, false, rank, rate),
-             fast = train(torch::kBFloat16, true, rank, rate);
-  const auto compare = [](const char* what, const Tensor& own, const Tensor& reference, const Tensor& exact) {
-    const auto ours = error(own, exact), theirs = error(reference, exact);
-    INFO(what << ": error " << ours << " in the fast form, " << theirs << " with activations cast");
-    CHECK(ours < 2 * theirs);
+  // One run says little of a type's rounding: the errors are added up over several.
+  std::array<double, 3> ours{}, theirs{};
+  for (const uint64_t seed : {3, 5, 7, 9}) {
+    const auto truth = train(torch::kFloat64, false, rank, rate, seed),
+               cast = train(torch::kBFloat16, false, rank, rate, seed),
+               fast = train(torch::kBFloat16, true, rank, rate, seed);
+    const auto add = [&truth](std::array<double, 3>& errors, const Trained& own) {
+      errors[0] += error(own.first, truth.first);
+      errors[1] += error(own.last, truth.last);
+      errors[2] += error(own.delta, truth.delta);
+    };
+    add(ours, fast);
+    add(theirs, cast);
+  }
+  const auto compare = [&](const char* what, size_t i) {
+    INFO(what << ": errors " << ours[i] << " in the fast form, " << theirs[i] << " with activations cast");
+    CHECK(ours[i] < 2 * theirs[i]);
   };
-  compare("first output", fast.first, cast.first, truth.first);
-  compare("output after 100 steps", fast.last, cast.last, truth.last);
-  compare("change of the weight after 100 steps", fast.delta, cast.delta, truth.delta);
+  compare("first output", 0);
+  compare("output after 100 steps", 1);
+  compare("change of the weight after 100 steps", 2);
 }
 
 TEST_CASE("Shadows are wanted where no kernel takes float32 factors, or the BLAS is faster",
