@@ -1,13 +1,12 @@
 // The methods of the survey, and how one is put on a model.
 #pragma once
 
-#include <algorithm>
-#include <cctype>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <vector>
 
+#include "finetune/family_targets.h"
 #include "finetune/method.h"
 #include "finetune/selective_parts.h"
 #include "peft/core/adapter.h"
@@ -32,28 +31,8 @@ inline std::vector<std::string> default_methods() {
   return methods;
 }
 
-/// Hugging Face PEFT's default targets of a method for a family, LoRA's where it has none of its own; empty:
-/// those of the program.
-inline std::vector<std::string> targets_of(const std::string& method, const std::string& model_type) {
-  auto targets = finetune::internal::method_entry(method).default_targets;
-  if (model_type == "bert" || targets.empty() || method == "trainable_tokens") return {};
-  if (method == "hifi") {  // not one of theirs
-    const bool named_so = model_type == "deberta-v2";
-    for (auto& target : targets) target += named_so ? "_proj" : "";
-    return targets;
-  }
-  auto type = method;
-  std::transform(type.begin(), type.end(), type.begin(), [](unsigned char c) { return std::toupper(c); });
-  for (const auto& name : {type, std::string("LORA")}) {
-    const auto* format = peft::internal::format_of(name);
-    if (format) targets = format->default_targets(model_type);
-    if (format && !targets.empty()) break;
-  }
-  return targets;
-}
-
 /// Reads a method for a model of this family. Throws: what `parse_method` throws.
-inline finetune::Method read_method(const std::string& text, const std::string& head,
+inline finetune::Method read_method(const std::string& text, const std::vector<std::string>& heads,
                                     const std::string& model_type) {
   // The adapters it fuses are not folders here.
   if (text == "fusion") {
@@ -65,7 +44,8 @@ inline finetune::Method read_method(const std::string& text, const std::string& 
   const auto name = finetune::internal::split_method(text).first;
   TORCH_CHECK_VALUE(name != "fusion", "--methods: fusion must be without keys, but got '", text, "'");
   finetune::internal::method_entry(name);
-  const auto method = finetune::parse_method(text, targets_of(name, model_type), head, schedule_steps);
+  const auto method =
+      finetune::parse_method(text, finetune::family_targets(name, model_type), heads, schedule_steps);
   TORCH_CHECK_VALUE(method.init != "eva" && method.init != "corda" && method.init != "lora_ga", "--methods ",
                     text, ": init must not be one that reads data, but got ", method.init,
                     " (hint: leave it out; where LoRA starts changes none of the figures)");
@@ -75,8 +55,9 @@ inline finetune::Method read_method(const std::string& text, const std::string& 
 namespace internal {
 
 /// The method's parts without the copy of the head that `parse_method` puts last; of the head alone, that.
-inline std::vector<peft::Part> parts_without_head(const finetune::Method& method, const std::string& head) {
-  if (method.head_only()) return {peft::on(peft::ReplaceOptions(), peft::named({head}))};
+inline std::vector<peft::Part> parts_without_head(const finetune::Method& method,
+                                                  const std::vector<std::string>& heads) {
+  if (method.head_only()) return {peft::on(peft::ReplaceOptions(), peft::named(heads))};
   auto parts = method.parts;
   parts.pop_back();
   const auto saved = finetune::MethodValues(method.name, method.given).list("modules_to_save");
@@ -102,7 +83,7 @@ inline peft::Adapter attach(const SurveyModel& model, const finetune::Method& me
     return peft::add_fusion(model.module(), *method.fusion);
   }
   const auto adapter =
-      peft::add_adapter(model.module(), internal::parts_without_head(method, model.head()), "default");
+      peft::add_adapter(model.module(), internal::parts_without_head(method, model.heads()), "default");
   const finetune::MethodValues values(method.name, method.given);
   constexpr int64_t texts = 8, length = 16;
   int64_t left = texts;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "peft/models/load.h"
 
@@ -21,8 +22,8 @@ struct SurveyModel {
     return encoder.forward(inputs);
   }
   torch::nn::Module& module() const { return *encoder; }
-  /// Path of the task head.
-  std::string head() const { return encoder.encoder().head().front(); }
+  /// Paths of the task head's modules.
+  std::vector<std::string> heads() const { return encoder.encoder().head(); }
   /// transformers' `model_type`.
   std::string type() const { return encoder.encoder().describe().model_type; }
   /// Random tokens. Shapes: (batch, length).

@@ -1,7 +1,6 @@
 // BERT: the encoder and its tasks.
 #pragma once
 
-#include "peft/core/activation_function.h"
 #include "peft/core/adapted.h"
 #include "peft/models/bert_config.h"
 #include "peft/models/bert_layers.h"
@@ -10,7 +9,6 @@
 #include "peft/models/encoder_task.h"
 
 #include <torch/nn/cloneable.h>
-#include <torch/nn/modules/dropout.h>
 
 #include <filesystem>
 #include <string>
@@ -18,30 +16,6 @@
 #include <vector>
 
 namespace peft::models {
-
-/// A projection, the activation and a norm, on every token.
-class BertPredictionTransformImpl : public nn::Cloneable<BertPredictionTransformImpl> {
- public:
-  explicit BertPredictionTransformImpl(BertConfig settings)
-      : config(std::move(settings)), activation(activation_function(config.hidden_act())) {
-    BertPredictionTransformImpl::reset();
-  }
-
-  void reset() override {
-    const auto width = config.hidden_size();
-    dense = register_module("dense", peft::internal::unset_linear(width, width));
-    LayerNorm = register_module("LayerNorm",
-                                peft::LayerNorm(nn::LayerNormOptions({width}).eps(config.layer_norm_eps())));
-  }
-
-  Tensor forward(const Tensor& hidden) { return LayerNorm->forward(activation(dense->forward(hidden))); }
-
-  BertConfig config;
-  ActivationFunction activation;
-  Linear dense{nullptr};
-  peft::LayerNorm LayerNorm{nullptr};
-};
-TORCH_MODULE(BertPredictionTransform);
 
 /// What finds words under masks: the transform and the output layer.
 class BertPredictionsImpl : public nn::Cloneable<BertPredictionsImpl> {
@@ -51,7 +25,7 @@ class BertPredictionsImpl : public nn::Cloneable<BertPredictionsImpl> {
   }
 
   void reset() override {
-    transform = register_module("transform", BertPredictionTransform(config));
+    transform = register_module("transform", BertPredictionTransform(config, config.hidden_size()));
     decoder =
         register_module("decoder", peft::internal::unset_linear(config.hidden_size(), config.vocab_size()));
   }

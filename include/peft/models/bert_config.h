@@ -3,7 +3,7 @@
 
 #include "peft/io/config_json.h"
 #include "peft/models/encoder.h"
-#include "peft/models/pretrained.h"
+#include "peft/models/model_type.h"
 
 #include <torch/arg.h>
 
@@ -76,7 +76,7 @@ struct BertConfig {
   /// Throws: c10::ValueError naming the file and every key whose value will not do.
   static BertConfig read(const std::filesystem::path& path) {
     ConfigReader reader(path);
-    peft::internal::check_model_type(reader, {"bert"});
+    peft::internal::check_model_type(reader, "Bert");
     return read(reader, BertConfig());
   }
   /// The same with other defaults. Throws what the reader has to complain of, too.
@@ -171,7 +171,7 @@ struct RobertaConfig : BertConfig {
   /// Reads a `config.json`, as `BertConfig::read` does.
   static BertConfig read(const std::filesystem::path& path) {
     ConfigReader reader(path);
-    peft::internal::check_model_type(reader, {"roberta", "xlm-roberta", "camembert"});
+    peft::internal::check_model_type(reader, "Roberta");
     return BertConfig::read(reader, RobertaConfig(reader.string("model_type", "roberta")));
   }
 };

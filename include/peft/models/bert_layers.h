@@ -33,11 +33,7 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
 
   void reset() override {
     const auto width = config.hidden_size();
-    auto words = nn::EmbeddingOptions(config.vocab_size(), width);
-    if (config.pad_token_id()) {
-      const auto padding = *config.pad_token_id();
-      words.padding_idx(padding < 0 ? padding + config.vocab_size() : padding);
-    }
+    const auto words = peft::internal::vocabulary(config.vocab_size(), width, config.pad_token_id());
     auto positions = nn::EmbeddingOptions(config.max_position_embeddings(), width);
     std::optional<int64_t> padding;
     if (config.counts_from_padding()) {
@@ -64,7 +60,7 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
 
   /// The hidden states and the mask that belongs to them.
   Embedded forward(const EncoderInputs& inputs) {
-    check(inputs);
+    peft::internal::check_inputs(inputs, model());
     const auto batch = (inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds).size(0);
     const auto each_branch = [times = input->branches(), batch](const Tensor& rows) {
       return peft::internal::repeated(rows, times, batch);
@@ -122,28 +118,6 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
     TORCH_CHECK_VALUE(length <= config.positions(), model(), ": a text must have at most ",
                       config.positions(), " tokens, but got ", length,
                       in.virtual_tokens.defined() ? " with its virtual ones" : "");
-  }
-
-  void check(const EncoderInputs& inputs) const {
-    TORCH_CHECK_VALUE(inputs.input_ids.defined() != inputs.inputs_embeds.defined(), model(),
-                      ": expected either input_ids or inputs_embeds, but got ",
-                      inputs.input_ids.defined() ? "both" : "neither");
-    const auto& tokens = inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds;
-    TORCH_CHECK_VALUE(tokens.dim() == (inputs.input_ids.defined() ? 2 : 3) && tokens.size(1) > 0, model(),
-                      inputs.input_ids.defined() ? ": input_ids must be (batch, time), but got "
-                                                 : ": inputs_embeds must be (batch, time, hidden), but got ",
-                      peft::internal::shape_text(tokens.sizes()));
-    const auto shape = tokens.sizes().slice(0, 2);
-    const auto check_shape = [this, &shape](const Tensor& tensor, const char* name, bool one_row) {
-      if (!tensor.defined()) return;
-      const bool fits = tensor.dim() == 2 && tensor.size(1) == shape[1] &&
-                        (tensor.size(0) == shape[0] || (one_row && tensor.size(0) == 1));
-      TORCH_CHECK_VALUE(fits, model(), ": ", name, " must be ", peft::internal::shape_text(shape),
-                        ", but got ", peft::internal::shape_text(tensor.sizes()));
-    };
-    check_shape(inputs.attention_mask, "attention_mask", false);
-    check_shape(inputs.token_type_ids, "token_type_ids", true);
-    check_shape(inputs.position_ids, "position_ids", true);
   }
 };
 TORCH_MODULE(BertEmbeddings);
@@ -322,5 +296,29 @@ class BertPoolerImpl : public nn::Cloneable<BertPoolerImpl> {
   Linear dense{nullptr};
 };
 TORCH_MODULE(BertPooler);
+
+/// A projection to the words' width, the activation and a norm, on every token.
+class BertPredictionTransformImpl : public nn::Cloneable<BertPredictionTransformImpl> {
+ public:
+  BertPredictionTransformImpl(BertConfig settings, int64_t out)
+      : config(std::move(settings)), width(out), activation(activation_function(config.hidden_act())) {
+    BertPredictionTransformImpl::reset();
+  }
+
+  void reset() override {
+    dense = register_module("dense", peft::internal::unset_linear(config.hidden_size(), width));
+    LayerNorm = register_module("LayerNorm",
+                                peft::LayerNorm(nn::LayerNormOptions({width}).eps(config.layer_norm_eps())));
+  }
+
+  Tensor forward(const Tensor& hidden) { return LayerNorm->forward(activation(dense->forward(hidden))); }
+
+  BertConfig config;
+  int64_t width;
+  ActivationFunction activation;
+  Linear dense{nullptr};
+  peft::LayerNorm LayerNorm{nullptr};
+};
+TORCH_MODULE(BertPredictionTransform);
 
 }  // namespace peft::models

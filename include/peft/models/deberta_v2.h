@@ -103,28 +103,6 @@ class DebertaV2PoolerImpl : public nn::Cloneable<DebertaV2PoolerImpl> {
 };
 TORCH_MODULE(DebertaV2Pooler);
 
-/// A projection to the words' width, the activation and a norm, on every token.
-class DebertaV2PredictionTransformImpl : public nn::Cloneable<DebertaV2PredictionTransformImpl> {
- public:
-  explicit DebertaV2PredictionTransformImpl(DebertaV2Config settings)
-      : config(std::move(settings)), activation(activation_function(config.hidden_act())) {
-    DebertaV2PredictionTransformImpl::reset();
-  }
-  void reset() override {
-    const auto width = config.word_width();
-    dense = register_module("dense", peft::internal::unset_linear(config.hidden_size(), width));
-    LayerNorm = register_module("LayerNorm",
-                                peft::LayerNorm(nn::LayerNormOptions({width}).eps(config.layer_norm_eps())));
-  }
-  Tensor forward(const Tensor& hidden) { return LayerNorm->forward(activation(dense->forward(hidden))); }
-
-  DebertaV2Config config;
-  ActivationFunction activation;
-  Linear dense{nullptr};
-  peft::LayerNorm LayerNorm{nullptr};
-};
-TORCH_MODULE(DebertaV2PredictionTransform);
-
 /// What finds words under masks: the transform, whose layers the head that is not `legacy` has as its own,
 /// and the output layer.
 class DebertaV2PredictionsImpl : public nn::Cloneable<DebertaV2PredictionsImpl> {
@@ -133,7 +111,7 @@ class DebertaV2PredictionsImpl : public nn::Cloneable<DebertaV2PredictionsImpl> 
     DebertaV2PredictionsImpl::reset();
   }
   void reset() override {
-    transform = DebertaV2PredictionTransform(config);
+    transform = BertPredictionTransform(config.of_blocks(), config.word_width());
     if (config.legacy()) {
       register_module("transform", transform);
     } else {
@@ -145,7 +123,7 @@ class DebertaV2PredictionsImpl : public nn::Cloneable<DebertaV2PredictionsImpl> 
   }
 
   DebertaV2Config config;
-  DebertaV2PredictionTransform transform{nullptr};
+  BertPredictionTransform transform{nullptr};
   Linear decoder{nullptr};
 };
 TORCH_MODULE(DebertaV2Predictions);

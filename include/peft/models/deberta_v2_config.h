@@ -4,7 +4,7 @@
 #include "peft/io/config_json.h"
 #include "peft/models/bert_config.h"
 #include "peft/models/encoder.h"
-#include "peft/models/pretrained.h"
+#include "peft/models/model_type.h"
 
 #include <torch/arg.h>
 
@@ -137,7 +137,7 @@ struct DebertaV2Config {
       return reader.number(key, absent, 0.0, 1.0);
     };
     DebertaV2Config config;
-    peft::internal::check_model_type(reader, {"deberta-v2"});
+    peft::internal::check_model_type(reader, "DebertaV2");
     config.vocab_size(size("vocab_size", standard.vocab_size()));
     config.hidden_size(size("hidden_size", standard.hidden_size()));
     config.num_hidden_layers(reader.integer("num_hidden_layers", standard.num_hidden_layers(), 0, 10'000));

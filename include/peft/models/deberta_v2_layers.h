@@ -47,15 +47,11 @@ class DebertaV2EmbeddingsImpl : public nn::Cloneable<DebertaV2EmbeddingsImpl> {
 
   void reset() override {
     const auto words = config.word_width(), width = config.hidden_size();
-    auto vocabulary = nn::EmbeddingOptions(config.vocab_size(), words);
-    if (config.pad_token_id()) {
-      const auto padding = *config.pad_token_id();
-      vocabulary.padding_idx(padding < 0 ? padding + config.vocab_size() : padding);
-    }
     const auto add = [&](const char* name, bool has, const nn::EmbeddingOptions& options) {
       return has ? register_module(name, peft::internal::unset_embedding(options)) : peft::Embedding(nullptr);
     };
-    word_embeddings = add("word_embeddings", true, vocabulary);
+    word_embeddings = add("word_embeddings", true,
+                          peft::internal::vocabulary(config.vocab_size(), words, config.pad_token_id()));
     position_embeddings =
         add("position_embeddings", config.position_biased_input(), {config.max_position_embeddings(), words});
     token_type_embeddings =
@@ -78,7 +74,7 @@ class DebertaV2EmbeddingsImpl : public nn::Cloneable<DebertaV2EmbeddingsImpl> {
 
   /// The hidden states and the mask that belongs to them.
   Embedded forward(const EncoderInputs& inputs) {
-    check(inputs);
+    peft::internal::check_inputs(inputs, "DebertaV2Model");
     const auto batch = (inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds).size(0);
     const auto each_branch = [times = input->branches(), batch](const Tensor& rows) {
       return peft::internal::repeated(rows, times, batch);
@@ -123,30 +119,6 @@ class DebertaV2EmbeddingsImpl : public nn::Cloneable<DebertaV2EmbeddingsImpl> {
   nn::Dropout dropout{nullptr};
   InputEmbeddings input{nullptr};
   EmbeddingOutput output{nullptr};
-
- private:
-  void check(const EncoderInputs& inputs) const {
-    TORCH_CHECK_VALUE(inputs.input_ids.defined() != inputs.inputs_embeds.defined(),
-                      "DebertaV2Model: expected either input_ids or inputs_embeds, but got ",
-                      inputs.input_ids.defined() ? "both" : "neither");
-    const auto& tokens = inputs.input_ids.defined() ? inputs.input_ids : inputs.inputs_embeds;
-    TORCH_CHECK_VALUE(tokens.dim() == (inputs.input_ids.defined() ? 2 : 3) && tokens.size(1) > 0,
-                      inputs.input_ids.defined()
-                          ? "DebertaV2Model: input_ids must be (batch, time), but got "
-                          : "DebertaV2Model: inputs_embeds must be (batch, time, width), but got ",
-                      peft::internal::shape_text(tokens.sizes()));
-    const auto shape = tokens.sizes().slice(0, 2);
-    const auto check_shape = [&shape](const Tensor& tensor, const char* name, bool one_row) {
-      if (!tensor.defined()) return;
-      const bool fits = tensor.dim() == 2 && tensor.size(1) == shape[1] &&
-                        (tensor.size(0) == shape[0] || (one_row && tensor.size(0) == 1));
-      TORCH_CHECK_VALUE(fits, "DebertaV2Model: ", name, " must be ", peft::internal::shape_text(shape),
-                        ", but got ", peft::internal::shape_text(tensor.sizes()));
-    };
-    check_shape(inputs.attention_mask, "attention_mask", false);
-    check_shape(inputs.token_type_ids, "token_type_ids", true);
-    check_shape(inputs.position_ids, "position_ids", true);
-  }
 };
 TORCH_MODULE(DebertaV2Embeddings);
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,6 +46,13 @@ inline Embedding unset_embedding(const nn::EmbeddingOptions& options) {
   layer->options = options;
   layer->weight.set_data(torch::empty({options.num_embeddings(), options.embedding_dim()}));
   return Embedding(layer);
+}
+
+/// The options of an embedding of words. The padding's row, if there is one, may be counted from the end.
+inline nn::EmbeddingOptions vocabulary(int64_t words, int64_t width, std::optional<int64_t> padding) {
+  auto options = nn::EmbeddingOptions(words, width);
+  if (padding) options.padding_idx(*padding < 0 ? *padding + words : *padding);
+  return options;
 }
 
 /// The initial values transformers gives a module and the sites below it, in its order of draws: N(0, range²)
@@ -173,7 +181,7 @@ using peft::ActivationFunction;
 /// One batch. Undefined members are absent.
 struct EncoderInputs {
   Tensor input_ids;                   ///< (batch, time), or:
-  Tensor inputs_embeds;               ///< (batch, time, hidden), word vectors
+  Tensor inputs_embeds;               ///< (batch, time, width of the words), word vectors
   Tensor attention_mask;              ///< (batch, time), 0 where a token is padding; absent: none is
   Tensor token_type_ids;              ///< (batch, time); absent: all 0
   Tensor position_ids;                ///< (batch or 1, time); absent: counted as the family counts them
@@ -194,6 +202,38 @@ struct EncoderOutput {
   Tensor start_logits = {};           ///< (batch, time), of question answering: that an answer begins here
   Tensor end_logits = {};             ///< (batch, time): that it ends here
 };
+
+}  // namespace models
+
+namespace internal {
+
+/// Throws: c10::ValueError where an encoder's inputs are not one of ids and embeddings, or not as long as
+/// each other.
+inline void check_inputs(const models::EncoderInputs& inputs, const char* model) {
+  const bool by_ids = inputs.input_ids.defined();
+  TORCH_CHECK_VALUE(by_ids != inputs.inputs_embeds.defined(), model,
+                    ": expected either input_ids or inputs_embeds, but got ", by_ids ? "both" : "neither");
+  const auto& tokens = by_ids ? inputs.input_ids : inputs.inputs_embeds;
+  TORCH_CHECK_VALUE(tokens.dim() == (by_ids ? 2 : 3) && tokens.size(1) > 0, model,
+                    by_ids ? ": input_ids must be (batch, time), but got "
+                           : ": inputs_embeds must be (batch, time, width), but got ",
+                    shape_text(tokens.sizes()));
+  const auto shape = tokens.sizes().slice(0, 2);
+  const auto check_shape = [model, &shape](const Tensor& tensor, const char* name, bool one_row) {
+    if (!tensor.defined()) return;
+    const bool fits = tensor.dim() == 2 && tensor.size(1) == shape[1] &&
+                      (tensor.size(0) == shape[0] || (one_row && tensor.size(0) == 1));
+    TORCH_CHECK_VALUE(fits, model, ": ", name, " must be ", shape_text(shape), ", but got ",
+                      shape_text(tensor.sizes()));
+  };
+  check_shape(inputs.attention_mask, "attention_mask", false);
+  check_shape(inputs.token_type_ids, "token_type_ids", true);
+  check_shape(inputs.position_ids, "position_ids", true);
+}
+
+}  // namespace internal
+
+namespace models {
 
 /// What a model gives for each token, without the virtual ones that a prompt put into the text.
 /// Shapes: tensor (batch, time, …); virtual_tokens (batch or 1, time), as in a model's output; undefined:

@@ -3,7 +3,7 @@
 
 #include "peft/io/config_json.h"
 #include "peft/models/encoder.h"
-#include "peft/models/pretrained.h"
+#include "peft/models/model_type.h"
 
 #include <torch/arg.h>
 
@@ -68,7 +68,7 @@ struct GPT2Config {
     };
     const auto probability = [&reader](const char* key) { return reader.number(key, 0.1, 0.0, 1.0); };
     GPT2Config config;
-    peft::internal::check_model_type(reader, {"gpt2"});
+    peft::internal::check_model_type(reader, "GPT2");
     config.vocab_size(reader.integer("vocab_size", standard.vocab_size(), 1));
     config.n_positions(size("n_positions", "max_position_embeddings", standard.n_positions()));
     config.n_embd(size("n_embd", "hidden_size", standard.n_embd()));

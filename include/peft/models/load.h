@@ -8,13 +8,12 @@
 #include "peft/models/deberta_v2.h"
 #include "peft/models/encoder.h"
 #include "peft/models/encoder_task.h"
+#include "peft/models/model_type.h"
 #include "peft/models/pretrained.h"
 #include "peft/models/roberta.h"
 
 #include <torch/arg.h>
 
-#include <algorithm>
-#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -40,10 +39,10 @@ enum class Task : std::uint8_t {
 ///
 /// Example:
 /// ```
-/// auto model = peft::models::load("roberta-base",
-/// LoadOptions().task(Task::sequence_classification).labels(3)); auto adapter = peft::add_adapter(*model,
-/// peft::LoraOptions(8), peft::named({"query", "value"})); auto logits = model->forward({ids, {},
-/// mask}).logits;
+/// const auto options = LoadOptions().task(Task::sequence_classification).labels(3);
+/// auto model = peft::models::load("roberta-base", options);
+/// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8), peft::named({"query", "value"}));
+/// auto logits = model->forward({ids, {}, mask}).logits;
 /// ```
 class AnyEncoder {
  public:
@@ -129,17 +128,17 @@ models::AnyEncoder open_as(models::Task task, const std::filesystem::path& direc
   }
 }
 
-/// A family by the names that its configs have.
+/// How a family's folders are opened; `name`: as `model_types` has it.
 struct FamilyRow {
-  std::vector<std::string> model_types;
+  const char* name;
   models::AnyEncoder (*open)(models::Task, const std::filesystem::path&, const models::LoadOptions&);
 };
 
 inline const std::vector<FamilyRow>& families() {
   static const std::vector<FamilyRow> rows{
-      {{"bert"}, &open_as<models::BertFamily>},
-      {{"roberta", "xlm-roberta", "camembert"}, &open_as<models::RobertaFamily>},
-      {{"deberta-v2"}, &open_as<models::DebertaV2Family>},
+      {"Bert", &open_as<models::BertFamily>},
+      {"Roberta", &open_as<models::RobertaFamily>},
+      {"DebertaV2", &open_as<models::DebertaV2Family>},
   };
   return rows;
 }
@@ -176,7 +175,7 @@ inline AnyEncoder load(const std::filesystem::path& directory, const LoadOptions
   std::string known;
   const peft::internal::FamilyRow* found = nullptr;
   for (const auto& family : peft::internal::families()) {
-    for (const auto& name : family.model_types) {
+    for (const auto& name : peft::internal::model_types_of(family.name)) {
       known += (known.empty() ? "\"" : ", \"") + name + "\"";
       if (name == type) found = &family;
     }
