@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compares our tokenizers with Hugging Face's `tokenizers` on fresh random texts and every code point.
+"""Compares our tokenizers with Hugging Face's `tokenizers` on fresh random texts and every assigned code point.
 
 usage: compare_tokenizer.py PROGRAM MODEL_DIR [COUNT] [--seed N] [--all]
 PROGRAM is the built tests/text/tokenize_lines.cpp; MODEL_DIR holds a WordPiece tokenizer.json; COUNT random
 texts (default 100000). Compared are ids and type ids of
- * COUNT random texts and pairs, half of them cut to a random length, and every code point alone, and between
-   letters (with made-up tokenizers also among combining marks), with the model's own tokenizer.json;
+ * COUNT random texts and pairs, half of them cut to a random length, and every code point that may be assigned alone,
+   and between letters (with made-up tokenizers also among combining marks), with the model's own tokenizer.json;
  * the same, with fewer random texts, with tokenizers made up here: a vocabulary of single characters, so that no
    difference hides behind the unknown token; choices of the normalizer's options (with --all each of the 24, else
    eight drawn anew in every run); added tokens with all their flags; BertProcessing;
@@ -132,12 +132,19 @@ def random_requests(rng, count, least=3):
         yield request
 
 
-def code_point_requests(marks):
-    for c in range(0x110000):
+def code_points(step=1):
+    """Every one but of planes in which none is assigned or all are private; of those a few."""
+    for c in itertools.chain(range(0, 0x34000, step), range(0x34000, 0xE0000, 0x1000), range(0xE0000, 0xE1000, step),
+                             range(0xE1000, 0x110000, 0x1000)):
         if c not in SURROGATES:
-            # The last one shows the order of marks: the two around it are kept when accents are stripped.
-            for text in (chr(c), f"a{chr(c)}b", f"e{chr(c)}\u0301\u0327 ", f"o\U0001d16d{chr(c)}\U0001d165")[:4 if marks else 2]:
-                yield {"a": text}
+            yield c
+
+
+def code_point_requests(marks):
+    for c in code_points():
+        # The last one shows the order of marks: the two around it are kept when accents are stripped.
+        for text in (chr(c), f"a{chr(c)}b", f"e{chr(c)}\u0301\u0327 ", f"o\U0001d16d{chr(c)}\U0001d165")[:4 if marks else 2]:
+            yield {"a": text}
 
 
 def expected(tokenizer, requests):
@@ -336,11 +343,8 @@ def class_bpe():
 
 
 def class_requests(at_once=8):
-    """Every code point but for planes in which none is assigned or all are private; of those a few."""
-    for start in itertools.chain(range(0, 0x34000, at_once), range(0x34000, 0xE0000, 0x1000),
-                                 range(0xE0000, 0xE1000, at_once), range(0xE1000, 0x110000, 0x1000)):
-        if start not in SURROGATES:
-            yield {"a": "".join(f"{c} a{c}1{c}!{c}\n{c}" for c in map(chr, range(start, start + at_once)))}
+    for start in code_points(at_once):
+        yield {"a": "".join(f"{c} a{c}1{c}!{c}\n{c}" for c in map(chr, range(start, start + at_once)))}
 
 
 def compare_folders(comparison, rng, parent, count):
