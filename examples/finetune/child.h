@@ -18,22 +18,52 @@
 
 namespace finetune::internal {
 
-/// Ctrl-C reaches parent and child alike; the child stops, and the parent tidies up.
-class IgnoreSignals {
+/// While it lives, Ctrl-C is left to the child, which it reaches too, and SIGTERM is passed on to it; the
+/// parent tidies up.
+class ChildSignals {
  public:
-  IgnoreSignals() : interrupt_(std::signal(SIGINT, SIG_IGN)), terminate_(std::signal(SIGTERM, SIG_IGN)) {}
-  ~IgnoreSignals() { restore(); }
-  IgnoreSignals(const IgnoreSignals&) = delete;
-  IgnoreSignals& operator=(const IgnoreSignals&) = delete;
+  ChildSignals() {
+    child_ = 0;
+    asked_ = 0;
+    interrupt_ = std::signal(SIGINT, SIG_IGN);
+    terminate_ = std::signal(SIGTERM, [](int number) {
+      asked_ = number;
+      if (child_ > 0) kill(child_, number);
+    });
+  }
+  ~ChildSignals() { restore(); }
+  ChildSignals(const ChildSignals&) = delete;
+  ChildSignals& operator=(const ChildSignals&) = delete;
+
+  void set_child(pid_t child) const {
+    child_ = child;
+    if (asked_ != 0) kill(child, asked_);
+  }
+  /// In the child: as before.
   void restore() const {
     std::signal(SIGINT, interrupt_);
     std::signal(SIGTERM, terminate_);
   }
 
  private:
+  static inline volatile std::sig_atomic_t child_ = 0, asked_ = 0;
   void (*interrupt_)(int);
   void (*terminate_)(int);
 };
+
+/// Waits for a child to end, as the shell does: its exit status, or 128 and the signal that ended it.
+inline int wait_for(pid_t child) {
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  }
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/// Throws: Interrupted where a child's status says that the user stopped it.
+inline void check_stopped(int status, const std::string& name) {
+  if (status == 128 + SIGINT || status == 128 + SIGTERM)
+    throw Interrupted(status - 128, fmt::format("{} was stopped", name));
+}
 
 /// Runs `work` in a process of its own, so that its memory is counted alone, and returns the text it gives.
 /// `program` wraps it: prints what it throws and turns that into the exit status. The caller must not have
@@ -45,12 +75,12 @@ inline std::string in_child(const std::function<std::string()>& work,
   if (pipe(ends) != 0)
     throw std::runtime_error(fmt::format("no pipe: {}", std::generic_category().message(errno)));
   std::fflush(nullptr);
-  const IgnoreSignals ignored;
+  const ChildSignals signals;
   const auto child = fork();
   if (child < 0)
     throw std::runtime_error(fmt::format("no process: {}", std::generic_category().message(errno)));
   if (child == 0) {
-    ignored.restore();
+    signals.restore();
     close(ends[0]);
     const int status = program([&] {
       const auto text = work();
@@ -63,6 +93,7 @@ inline std::string in_child(const std::function<std::string()>& work,
     std::fflush(nullptr);
     _exit(status);
   }
+  signals.set_child(child);
   close(ends[1]);
   std::string text;
   char buffer[4096];
@@ -73,16 +104,12 @@ inline std::string in_child(const std::function<std::string()>& work,
     text.append(buffer, static_cast<size_t>(count));
   }
   close(ends[0]);
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return text;
-  const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  if (code == 128 + SIGINT || code == 128 + SIGTERM)
-    throw Interrupted(code - 128, fmt::format("{} was stopped", name));
-  if (WIFSIGNALED(status)) {
-    throw std::runtime_error(fmt::format("{}: its process was killed by signal {}{}", name, WTERMSIG(status),
-                                         WTERMSIG(status) == SIGKILL ? " (hint: out of memory?)" : ""));
+  const int status = wait_for(child);
+  if (status == 0) return text;
+  check_stopped(status, name);
+  if (status > 128) {
+    throw std::runtime_error(fmt::format("{}: its process was killed by signal {}{}", name, status - 128,
+                                         status == 128 + SIGKILL ? " (hint: out of memory?)" : ""));
   }
   throw std::runtime_error(fmt::format("{} failed (see above)", name));
 }

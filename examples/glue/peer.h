@@ -3,9 +3,8 @@
 
 #include <fmt/format.h>
 #include <spawn.h>
-#include <sys/wait.h>
 
-#include <cerrno>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -14,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "finetune/child.h"
 #include "peft/io/safetensors.h"
 #include "train_cell.h"
 
@@ -47,18 +47,29 @@ inline void add_tensors(const std::string& prefix, const EncodedRows& rows, std:
   tensors.emplace_back(prefix + "labels", batch.labels);
 }
 
-/// Waits for a program. Throws std::runtime_error where it cannot be started or fails.
+/// Waits for a program. Throws: finetune::Interrupted where it was stopped, std::runtime_error where it
+/// cannot be started or fails.
 inline void run_program(const std::vector<std::string>& line) {
   std::vector<char*> words;
   for (const auto& word : line) words.push_back(const_cast<char*>(word.c_str()));
   words.push_back(nullptr);
+  const finetune::internal::ChildSignals signals;
+  sigset_t usual;  // what is ignored here would be there too
+  sigemptyset(&usual);
+  sigaddset(&usual, SIGINT);
+  posix_spawnattr_t attributes;
+  posix_spawnattr_init(&attributes);
+  posix_spawnattr_setsigdefault(&attributes, &usual);
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF);
   pid_t child = 0;
-  if (const int error = posix_spawnp(&child, words[0], nullptr, nullptr, words.data(), environ); error != 0)
+  const int error = posix_spawnp(&child, words[0], nullptr, &attributes, words.data(), environ);
+  posix_spawnattr_destroy(&attributes);
+  if (error != 0)
     throw std::runtime_error(fmt::format("'{}' cannot be started: {}", line[0], std::strerror(error)));
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+  signals.set_child(child);
+  const int status = finetune::internal::wait_for(child);
+  finetune::internal::check_stopped(status, line[0]);
+  if (status != 0)
     throw std::runtime_error(fmt::format("'{}' failed (hint: its own words are above)", line[0]));
 }
 

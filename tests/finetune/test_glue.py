@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tiny_model import make_model, rows
@@ -111,6 +113,22 @@ def test_eval_every_and_rows(folder, model, data):
     assert not (out / "best").exists()
 
 
+def test_stop(folder, model, data):
+    """SIGTERM reaches the process that trains, and nothing is left running."""
+    done = subprocess.Popen([PROGRAM, "--data", data, "--model", model, "--out", folder / "stopped", "--seeds", "1",
+                             "--epochs", "1000000", "--task", "CoLA", "--method", "lora", "--threads", "1",
+                             "--eval-every", "1"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    adapter = folder / "stopped" / "best" / "CoLA" / "lora-0" / "adapter_config.json"
+    while not adapter.exists():
+        assert done.poll() is None, done.stdout.read()
+        time.sleep(0.05)
+    done.terminate()
+    said = done.communicate(timeout=300)[0]  # returns when all who hold the pipe have ended
+    assert done.returncode == 128 + signal.SIGTERM and "was stopped" in said, (done.returncode, said)
+    assert not list((folder / "stopped").rglob("lora-0.json"))
+
+
 def test_other_family(folder, data):
     """RoBERTa's head has two layers, and its positions begin after that of padding."""
     model = make_model(folder / "roberta", positions=41)
@@ -168,6 +186,7 @@ with tempfile.TemporaryDirectory() as name:
     data = make_data(folder / "data")
     test_table_and_resume(folder, model, data)
     test_eval_every_and_rows(folder, model, data)
+    test_stop(folder, model, data)
     test_other_family(folder, data)
     test_wrong_input(folder, model, data)
 print("peft-glue: passed")
