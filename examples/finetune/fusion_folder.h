@@ -54,7 +54,7 @@ inline std::optional<peft::Adapter> load_fusion_head(torch::nn::Module& model, c
   const auto described = make_record(model, fusion_head)->model;
   const HubPlaces places(walk(model, /*learn_paths=*/true), described, "load_adapterhub");
   Problems problems;
-  const auto own = read_hub_head(folder, places, described.task_type, problems, note);
+  const auto own = read_hub_head(folder, places, problems, note);
   const HubFile file(
       folder, hub_head_tensors, hub_head_pickle, [](const std::string& key) { return key; }, problems);
   problems.raise(fmt::format("'{}'", folder.string()));
@@ -104,8 +104,7 @@ inline std::vector<std::string> save_fusion(torch::nn::Module& model, const peft
   const HubPlaces places(walk(model, /*learn_paths=*/true), described, "save_adapterhub");
   Problems problems;
   nlohmann::json json;
-  const auto own =
-      write_hub_head(head->entries(), places, fusion.name(), described.task_type, json, problems);
+  const auto own = write_hub_head(head->entries(), places, fusion.name(), json, problems);
   problems.raise("save_adapterhub: the head of '" + fusion.name() + "' cannot be written");
   auto text = hub_model_json(places, described);
   text.update(json);

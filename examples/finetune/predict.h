@@ -136,7 +136,7 @@ inline void predict_inputs(const UseOptions& options, Task& task) {
       if (output.pooler_output.defined()) add("pooler_output", output.pooler_output);
     }
     if (options.embed) {
-      const auto hidden = peft::models::real_tokens(output.last_hidden_state, output.virtual_tokens);
+      const auto hidden = peft::models::real_tokens(output.last_hidden_state, output);
       add("embedding", peft::models::embed(hidden, batch.inputs.attention_mask));
     }
   }

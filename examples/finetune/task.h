@@ -296,9 +296,8 @@ class Task {
   Tensor features(const peft::models::EncoderOutput& output,
                   const peft::models::EncoderInputs& inputs) const {
     return classifier_ ? output.pooler_output
-                       : peft::models::mean_pool(
-                             peft::models::real_tokens(output.last_hidden_state, output.virtual_tokens),
-                             inputs.attention_mask);
+                       : peft::models::mean_pool(peft::models::real_tokens(output.last_hidden_state, output),
+                                                 inputs.attention_mask);
   }
   /// Shapes: features (batch, width); (batch, labels).
   Tensor logits(const Tensor& features) {

@@ -88,9 +88,11 @@ inline finetune::TrainOptions options_of(const Recipe& recipe) {
 
 /// The weights that train, of the task head and beside it.
 inline void count_weights(const GlueModel& model, CellResult& result) {
-  result.head_weights = result.other_weights = 0;
-  for (const auto& [name, tensor] : model.adapter()->named_parameters())
-    (model.is_head(name) ? result.head_weights : result.other_weights) += tensor.numel();
+  result.head_weights = 0;
+  for (const auto& [name, tensor] : model.adapter()->named_parameters()) {
+    if (model.is_head(name)) result.head_weights += tensor.numel();
+  }
+  result.other_weights = model.adapter()->count() - result.head_weights;
 }
 
 }  // namespace internal

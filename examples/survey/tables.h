@@ -89,22 +89,17 @@ inline std::vector<std::string> remarks(const std::vector<MethodRow>& rows) {
 inline std::vector<std::string> legend() {
   return {
       "storage: the files the adapter is saved in (AdapterHub's hold a prefix once a layer, P-tuning's only "
-      "what "
-      "inference needs); the task head is in no row but its own",
-      "trainable: weights that train (IncreLoRA's with its reserves), and as a part of the base's; changed: "
-      "base weights that differ once "
-      "the "
-      "adapter is merged; rank of change: of each changed matrix (full: the largest there can be; vectors: "
-      "no "
-      "matrix changes); -: it does not merge, so nothing of the base changes",
+      "what inference needs); the task head is in no row but its own",
+      "trainable: weights that train (IncreLoRA's without its reserves), and as a part of the base's; "
+      "changed: base weights that differ once the adapter is merged; rank of change: of each changed matrix "
+      "(full: the largest there can be; vectors: no matrix changes); -: it does not merge, so nothing of the "
+      "base changes",
       "training memory: the most that tensors took in a step beside the frozen model (adapter, gradients, "
       "AdamW's moments, graph); graph memory: of that, what forward keeps for backward",
       "blocks: those of the encoder that backward runs through; backward: its time, the frozen model's "
-      "forward "
-      "being 1",
+      "forward being 1",
       "forward, merged: time of a forward before and after merging, the frozen model's being 1; =: merged, "
-      "it "
-      "runs the frozen model's operations, one for one",
+      "it runs the frozen model's operations, one for one",
   };
 }
 

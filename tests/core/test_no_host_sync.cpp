@@ -1,6 +1,7 @@
 #include <ATen/record_function.h>
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -109,5 +110,21 @@ TEST_CASE("No method's forward or backward asks a device for values", "[sync]") 
     size_t reached = 0;
     for (const auto& parameter : adapter.parameters()) reached += parameter.grad().defined() ? 1 : 0;
     CHECK(reached > 0);
+  }
+}
+
+TEST_CASE("Taking virtual tokens out of an output asks a device for nothing", "[sync]") {
+  auto model = peft_test::filled_classifier();
+  const auto options = peft::PromptOptions(3).after_embedding(true);
+  peft::add_adapter(*model, options, peft::all(), "before");
+  peft::add_adapter(*model, peft::PromptOptions(options).after_first(true), peft::all(), "after first");
+  for (const bool in_rows : {false, true}) {
+    std::optional<peft::RowAdapters> rows;
+    if (in_rows) rows.emplace(Names{"before", "after first"});
+    peft::set_active(*model, {"before"});
+    const auto output = model->forward(peft_test::batch());
+    const Waits waits;
+    CHECK(peft::models::real_tokens(output.last_hidden_state, output).size(1) == 4);
+    CHECK(Waits::names().empty());
   }
 }

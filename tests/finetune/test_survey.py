@@ -71,7 +71,7 @@ def hand_counts():
     return {
         "lora": (square * 2 * 8 * d, square * d * d, 8),
         "adalora": (square * 12 * (2 * d + 1), None, None),
-        "increlora": (square * (8 * (2 * d + 1) + 2 * d), None, None),
+        "increlora": (square * 8 * (2 * d + 1), None, None),
         "dora": (square * (2 * 8 * d + d), square * d * d, "full"),
         "loha": (square * 4 * 8 * d, square * d * d, "full"),
         "vera": (square * (256 + d), square * d * d, "full"),

@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "peft/io/adapterhub_fusion.h"
-#include "peft/models/bert.h"
 #include "peft/models/gpt2.h"
+#include "peft/models/load.h"
 
 namespace {
 
@@ -31,28 +31,26 @@ struct Base {
   std::function<torch::Tensor(const Tensors&)> run;
 };
 
-template <class Model, class Inputs>
+template <class Inputs, class Model>
 Base open(Model model) {
   return {model.ptr(), [model](const Tensors& given) mutable {
             Inputs batch;
             batch.input_ids = given.at("input_ids");
             batch.attention_mask = given.at("attention_mask");
             const auto output = model->forward(batch);
+            if constexpr (requires { output.start_logits; }) {
+              if (output.start_logits.defined())
+                return torch::stack({output.start_logits, output.end_logits}, -1);
+            }
             return output.logits.defined() ? output.logits : output.last_hidden_state;
           }};
 }
 
 Base open_base(const std::string& model, const std::string& folder) {
   using namespace peft::models;
-  if (model == "BertForSequenceClassification")
-    return open<BertForSequenceClassification, EncoderInputs>(
-        BertForSequenceClassification::from_pretrained(folder));
-  if (model == "BertForTokenClassification")
-    return open<BertForTokenClassification, EncoderInputs>(
-        BertForTokenClassification::from_pretrained(folder));
-  if (model == "BertModel") return open<BertModel, EncoderInputs>(BertModel::from_pretrained(folder));
-  if (model == "GPT2Model") return open<GPT2Model, GPT2Inputs>(GPT2Model::from_pretrained(folder));
-  return open<GPT2LMHeadModel, GPT2Inputs>(GPT2LMHeadModel::from_pretrained(folder));
+  if (model == "GPT2Model") return open<GPT2Inputs>(GPT2Model::from_pretrained(folder));
+  if (model == "GPT2LMHeadModel") return open<GPT2Inputs>(GPT2LMHeadModel::from_pretrained(folder));
+  return open<EncoderInputs>(load(folder));
 }
 
 Json run(const Json& job) {

@@ -12,13 +12,15 @@
 
 #include "catch.h"
 #include "io/temporary_folder.h"
-#include "models/tiny_bert.h"
+#include "models/tiny_encoder.h"
 #include "peft/io/adapterhub_fusion.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/compacter.h"
 #include "peft/methods/dora.h"
 #include "peft/methods/replace.h"
 #include "peft/model/merge.h"
+#include "peft/model/unified.h"
+#include "peft/models/load.h"
 
 using peft_test::batch;
 using peft_test::filled_classifier;
@@ -106,6 +108,66 @@ peft::PrefixOptions prefix(int64_t length = 3) {
 }
 
 using Catch::Matchers::Contains;
+
+/// A family's model for texts, and what its files say of it.
+struct Family {
+  std::string model_type, name, prefix, projection;
+
+  /// `change`: to a DeBERTa's config.
+  peft::models::AnyEncoder open(
+      const std::function<void(peft::models::DebertaV2Config&)>& change = {}) const {
+    const auto opened = [&]() -> peft::models::AnyEncoder {
+      if (model_type != "deberta-v2") {
+        auto config = peft_test::tiny_roberta();
+        return peft::models::RobertaForSequenceClassification(config.model_type(model_type));
+      }
+      auto config = peft::models::DebertaV2Config()
+                        .vocab_size(20)
+                        .hidden_size(8)
+                        .num_hidden_layers(2)
+                        .num_attention_heads(2)
+                        .intermediate_size(12)
+                        .max_position_embeddings(12)
+                        .layer_norm_eps(1e-6)
+                        .num_labels(3)
+                        .relative_attention(true)
+                        .pos_att_type({"p2c", "c2p"})
+                        .position_buckets(4)
+                        .share_att_key(true)
+                        .norm_rel_ebd("layer_norm")
+                        .position_biased_input(false);
+      if (change) change(config);
+      return peft::models::DebertaV2ForSequenceClassification(config);
+    }();
+    peft_test::fill_by_name(*opened);
+    opened->eval();
+    return opened;
+  }
+  /// A layer of the attention.
+  std::string attention(const std::string& matrix) const { return matrix + projection; }
+  std::vector<std::string> head() const {
+    if (model_type == "deberta-v2") return {"pooler.dense", "classifier"};
+    return {"classifier.dense", "classifier.out_proj"};
+  }
+};
+
+const std::vector<Family>& families() {
+  static const std::vector<Family> rows{{"roberta", "Roberta", "roberta.", ""},
+                                        {"xlm-roberta", "XLMRoberta", "roberta.", ""},
+                                        {"deberta-v2", "DebertaV2", "deberta.", "_proj"}};
+  return rows;
+}
+
+Tensor logits_of(const peft::models::AnyEncoder& model) {
+  return model->forward(peft_test::roberta_batch()).logits;
+}
+
+peft::Adapter load(const peft::models::AnyEncoder& model, const std::filesystem::path& folder,
+                   Strings* notes = nullptr) {
+  return peft::load_adapterhub(*model, folder, "read", false, [&](const std::string& line) {
+    if (notes) notes->push_back(line);
+  });
+}
 
 }  // namespace
 
@@ -277,6 +339,210 @@ TEST_CASE("A model with and one without a head exchange AdapterHub adapters", "[
   auto again = filled_classifier();
   load(again, folder / "bare");
   CHECK(peft_test::difference(again->forward(batch()).logits, model->forward(batch()).logits) == 0);
+}
+
+TEST_CASE("AdapterHub's directories give back every method in every family", "[adapterhub]") {
+  const auto& family = families()[GENERATE(range(size_t{0}, size_t{3}))];
+  const auto small = [](peft::BottleneckOptions options) { return options.reduction_factor(2); };
+  using peft::on;
+  const auto query = family.attention("query"), value = family.attention("value");
+  const std::vector<std::pair<std::string, Parts>> cases{
+      {"houlsby", {on(small(peft::houlsby()))}},
+      {"compacter", {on(peft::compacter().reduction_factor(2).phm(peft::PhmOptions().dim(2)))}},
+      {"invertible", {on(small(peft::pfeiffer())), on(peft::InvertibleOptions())}},
+      {"prompt", {on(peft::PromptOptions(2).after_embedding(true), peft::all())}},
+      {"lora", {on(peft::LoraOptions(2).alpha(3), peft::named({query, value}))}},
+      {"ia3", {on(peft::Ia3Options(), peft::named({family.attention("key"), "intermediate.dense"}))}},
+      {"mam", {on(prefix()), on(peft::parallel_adapter())}},
+      {"unipelt", peft::unipelt(3, 2, peft::named({query, value}))},
+  };
+  for (const auto& [label, parts] : cases) {
+    DYNAMIC_SECTION(label << " in " << family.model_type) {
+      const TemporaryFolder folder;
+      const auto model = family.open();
+      torch::manual_seed(4);
+      perturb(peft::add_adapter(*model, parts, "topics"));
+      const auto notes = peft::save_adapterhub(*model, "topics", folder / "out");
+      const bool differs = label == "prompt" && family.model_type == "deberta-v2";
+      CHECK(notes.size() == (differs ? 1U : 0U));
+      const auto json = config_of(folder / "out");
+      CHECK(json["model_type"] == family.model_type);
+      CHECK(json["model_class"] == family.name + "ForSequenceClassification");
+      CHECK(json["hidden_size"] == 8);
+      for (const auto& key : keys_of(folder / "out" / "adapter.safetensors")) {
+        INFO(key);
+        CHECK(key.starts_with(family.prefix));
+      }
+      const auto read = family.open();
+      Strings said;
+      load(read, folder / "out", &said);
+      CHECK(said.size() == notes.size());
+      CHECK(peft_test::difference(logits_of(read), logits_of(model)) < 1e-6);
+      peft::save_adapterhub(*read, "read", folder / "again");
+      CHECK(config_of(folder / "again")["config"] == json["config"]);
+    }
+  }
+}
+
+TEST_CASE("AdapterHub's keys have each family's names", "[adapterhub]") {
+  const auto& family = families()[GENERATE(range(size_t{0}, size_t{3}))];
+  const TemporaryFolder folder;
+  const auto model = family.open();
+  const auto query = family.attention("query");
+  peft::add_adapter(
+      *model, {peft::on(peft::pfeiffer()), peft::on(peft::LoraOptions(2), peft::named({query}))}, "topics");
+  peft::save_adapterhub(*model, "topics", folder / "out");
+  auto keys = keys_of(folder / "out" / "adapter.safetensors");
+  std::erase_if(keys, [](const std::string& key) { return key.find("layer.0") != std::string::npos; });
+  const auto layer = family.prefix + "encoder.layer.1.";
+  const auto lora = layer + "attention.self." + query + ".loras.topics.";
+  const auto block = layer + "output.adapters.topics.";
+  CHECK(keys == Strings{lora + "lora_A", lora + "lora_B", block + "adapter_down.0.bias",
+                        block + "adapter_down.0.weight", block + "adapter_up.bias",
+                        block + "adapter_up.weight"});
+}
+
+// The numbers are those of tests/reference/adapterhub_values.py.
+TEST_CASE("An AdapterHub adapter gives Python's values in every family", "[adapterhub]") {
+  static const std::map<std::string, std::vector<float>> expected{
+      {"Roberta", {0.327222794F, 0.0466081202F, -0.258117795F, 0.571345448F, 0.425810456F, 0.0859523863F}},
+      {"DebertaV2",
+       {-0.142530948F, -0.242315635F, -0.231627971F, 0.280956089F, 0.183492348F, 0.00536924601F}},
+  };
+  for (const auto& family : families()) {
+    const auto found = expected.find(family.name);
+    if (found == expected.end()) continue;
+    DYNAMIC_SECTION(family.model_type) {
+      const TemporaryFolder folder;
+      const auto model = family.open();
+      const auto parts = [&] {
+        auto all = peft::unipelt(3, 2, peft::named({family.attention("query"), family.attention("value")}));
+        all[0] = peft::on(prefix().gates(1));
+        all[1] = peft::on(peft::pfeiffer().reduction_factor(2).gating(true));
+        return all;
+      }();
+      peft::add_adapter(*model, parts, "topics");
+      peft::save_adapterhub(*model, "topics", folder / "out");
+      change_tensors(folder / "out", [](Tensors& tensors) {
+        std::erase_if(tensors,
+                      [](const auto& item) { return item.first.find(".pool.") != std::string::npos; });
+        for (auto& [key, tensor] : tensors) tensor = peft_test::named_values(key, tensor.sizes());
+      });
+      const auto read = family.open();
+      load(read, folder / "out");
+      CHECK(peft_test::difference(logits_of(read), torch::tensor(found->second).view({2, 3})) < 1e-6);
+    }
+  }
+}
+
+TEST_CASE("Each family's head lies beside an AdapterHub adapter", "[adapterhub]") {
+  const auto& family = families()[GENERATE(range(size_t{0}, size_t{3}))];
+  const TemporaryFolder folder;
+  const auto out = folder / "out";
+  const auto model = family.open();
+  const auto adapter = peft::add_adapter(*model, {peft::on(peft::pfeiffer())}, "topics");
+  const auto head = family.head();
+  SECTION("as transformers' class has it, or the library's own") {
+    peft::train_also(adapter, *model, peft::named(head));
+    torch::manual_seed(4);
+    perturb(adapter);
+    CHECK(peft::save_adapterhub(*model, "topics", out).empty());
+    auto json = Json::parse(read_bytes(out / "head_config.json"));
+    CHECK(json["model_class"] == family.name + "ForSequenceClassification");
+    CHECK(json["num_labels"] == 3);
+    const auto keys = keys_of(out / "model_head.safetensors");
+    Strings wanted;
+    for (const auto& path : head) wanted.insert(wanted.end(), {path + ".bias", path + ".weight"});
+    std::sort(wanted.begin(), wanted.end());
+    CHECK(keys == wanted);
+    const auto check = [&](const Strings& said) {
+      const auto read = family.open();
+      Strings notes;
+      load(read, out, &notes);
+      CHECK(notes == said);
+      CHECK(peft_test::difference(logits_of(read), logits_of(model)) < 1e-6);
+    };
+    check({});
+
+    const bool gelu = family.model_type == "deberta-v2";
+    json["model_class"] = family.name + GENERATE("AdapterModel", "ModelWithHeads");
+    json["name"] = "sorts";
+    json["config"] = {{"head_type", "classification"},
+                      {"layers", 2},
+                      {"activation_function", gelu ? "gelu" : "tanh"},
+                      {"use_pooler", false}};
+    write_bytes(out / "head_config.json", json.dump());
+    Tensors tensors;
+    for (const auto& [key, tensor] : peft::load_safetensors(out / "model_head.safetensors")) {
+      const auto place = key.starts_with(head[0] + ".") ? "1" : "4";
+      tensors["heads.sorts." + std::string(place) + key.substr(key.rfind('.'))] = tensor.clone();
+    }
+    peft::save_safetensors(out / "model_head.safetensors", tensors);
+    Strings said;
+    if (gelu) {
+      said.push_back(
+          "head_config.json: the head's activation is gelu, as that of every published DeBERTa's pooler: "
+          "'pooler_hidden_act' of the model's config must be it");
+    }
+    check(said);
+
+    json["config"]["activation_function"] = "relu";
+    write_bytes(out / "head_config.json", json.dump());
+    const auto read = family.open();
+    Strings notes;
+    CHECK(load(read, out, &notes).layers<peft::ReplaceImpl>().empty());
+    CHECK(has(notes, "is left out"));
+  }
+  SECTION("not in parts") {
+    peft::train_also(adapter, *model, peft::named({head[1]}));
+    CHECK_THAT(peft_test::complaint([&] { peft::save_adapterhub(*model, "topics", out); }),
+               Contains("'" + head[1] + "' is trained as a whole without the rest of the head, '" + head[0] +
+                        "', '" + head[1] + "', which AdapterHub's files hold at once"));
+  }
+}
+
+TEST_CASE("Another family's AdapterHub directory is refused by one line", "[adapterhub]") {
+  const TemporaryFolder folder;
+  const auto out = folder / "out";
+  const auto& own = families()[GENERATE(range(size_t{0}, size_t{3}))];
+  const auto& other = families()[GENERATE(range(size_t{0}, size_t{3}))];
+  if (own.model_type == other.model_type) return;
+  const auto model = other.open();
+  for (const char* name : {"one", "two"})
+    peft::add_adapter(*model, {peft::on(peft::pfeiffer().reduction_factor(2))}, name);
+  peft::add_fusion(*model, peft::FusionOptions({"one", "two"}));
+  peft::save_adapterhub(*model, "one", out);
+  peft::save_adapterhub_fusion(*model, "one,two", folder / "fusion");
+  const auto wrong =
+      ": 'model_type' must be the model's, \"" + own.model_type + "\", but got \"" + other.model_type + "\"";
+  const auto read = own.open();
+  const auto text = peft_test::complaint([&] { load(read, out); });
+  CHECK_THAT(text, Contains("adapter_config.json" + wrong) && !Contains("problems"));
+  CHECK(text.find("missing") == std::string::npos);
+  CHECK_THAT(peft_test::complaint([&] { peft::load_adapterhub_fusion(*read, folder / "fusion"); }),
+             Contains("adapter_fusion_config.json" + wrong) && !Contains("problems"));
+}
+
+TEST_CASE("AdapterHub has no files of a CamemBERT, nor prompts on every DeBERTa", "[adapterhub]") {
+  const TemporaryFolder folder;
+  const auto refusal = [&](const peft::models::AnyEncoder& model, const Parts& parts) {
+    peft::add_adapter(*model, parts, "topics");
+    return peft_test::complaint([&] { peft::save_adapterhub(*model, "topics", folder / "out"); });
+  };
+  CHECK_THAT(refusal(Family{"camembert", "Camembert", "roberta.", ""}.open(), {peft::on(peft::pfeiffer())}),
+             Contains("must be one whose AdapterHub files are known ('bert', 'roberta', 'xlm-roberta', "
+                      "'deberta-v2', 'gpt2'), but got 'camembert'"));
+  const auto& deberta = families().back();
+  const auto prompt = peft::on(peft::PromptOptions(2).after_embedding(true), peft::all());
+  CHECK_THAT(refusal(deberta.open([](auto& config) { config.conv_kernel_size(3); }), {prompt}),
+             Contains("AdapterHub's 'deberta-v2' takes no prompts where it has a convolution"));
+  const auto narrow = [](auto& config) { config.embedding_size(6); };
+  CHECK_THAT(
+      refusal(deberta.open(narrow), {prompt}),
+      Contains("AdapterHub's prompts are as wide as the words' vectors, 6, and this model's after them, 8"));
+  CHECK_THAT(refusal(deberta.open(narrow), {peft::on(peft::InvertibleOptions())}),
+             Contains("'deberta.embeddings.output' is as wide as the model, 8, and AdapterHub's invertible "
+                      "adapters are as the words' vectors, 6"));
 }
 
 TEST_CASE("AdapterHub directories of older versions are read as Python reads them", "[adapterhub]") {

@@ -219,6 +219,28 @@ TEST_CASE("Copies and archives of IncreLoRA have grown as much as the original",
   CHECK(torch::equal(fresh->forward(x), young->forward(x)));
 }
 
+TEST_CASE("IncreLoRA counts its active ranks, and trains its reserve beside them", "[increlora]") {
+  Grown grown;  // of rank 3, with one in reserve
+  const auto tensors = [&] {
+    int64_t total = 0;
+    for (const auto& tensor : grown.adapter->parameters()) total += tensor.numel();
+    return total;
+  };
+  CHECK(grown.adapter->count() == 3 * (6 + 4 + 1));
+  CHECK(tensors() == 3 * (6 + 4 + 1) + 6 + 4);  // what an optimizer sees; the reserve's E is frozen
+  const auto table = peft::summary(*grown.site);
+  CHECK(table.trainable == grown.adapter->count());
+  CHECK(table.gradient_bytes == 8 * tensors());
+  grown.piece->activate(1);
+  CHECK(grown.adapter->count() == 4 * (6 + 4 + 1));
+  CHECK(tensors() == grown.adapter->count());
+  for (const auto& tensor : grown.adapter->parameters()) Tensor(tensor).set_requires_grad(false);
+  CHECK(grown.adapter->count() == 0);
+
+  Grown late(small().advance_learn(false));  // whose reserve does not train
+  CHECK(late.adapter->count() == 3 * (6 + 4 + 1));
+}
+
 namespace {
 
 /// Attention as DeBERTa has it: query and key also project the relative positions.

@@ -165,10 +165,33 @@ TEST_CASE("A prompt's model gives padded batches what it gives texts alone", "[p
     const auto at = options.after_first() ? 1 : 0;
     const auto hidden = encoded.last_hidden_state;
     const auto cut = torch::cat({hidden.slice(1, 0, at), hidden.slice(1, at + 3)}, 1);
-    const auto pooled =
-        peft::models::mean_pool(peft::models::real_tokens(hidden, encoded.virtual_tokens), mask);
+    const auto pooled = peft::models::mean_pool(peft::models::real_tokens(hidden, encoded), mask);
     CHECK(torch::equal(pooled, peft::models::mean_pool(cut, mask)));
   }
+}
+
+TEST_CASE("Real tokens are found in rows whose virtual ones stand elsewhere", "[prompt]") {
+  auto model = filled_classifier();
+  peft::add_adapter(*model, hub(false), peft::all(), "before");
+  peft::add_adapter(*model, hub(true), peft::all(), "after first");
+  const peft::RowAdapters rows({"before", "after first"});
+  const auto output = model->base_model->forward(batch());
+  CHECK(output.num_virtual_tokens == 3);
+  REQUIRE(output.virtual_tokens.sizes() == torch::IntArrayRef({2, 7}));
+  CHECK_FALSE(torch::equal(output.virtual_tokens[0], output.virtual_tokens[1]));
+  const auto all = output.last_hidden_state;
+  const auto expected =
+      torch::stack({all[0].slice(0, 3), torch::cat({all[1].slice(0, 0, 1), all[1].slice(0, 4)})});
+  CHECK(torch::equal(peft::models::real_tokens(all, output), expected));
+  const auto score = all.select(2, 0).detach().requires_grad_();
+  const auto real = peft::models::real_tokens(score, output);
+  CHECK(torch::equal(real, expected.select(2, 0)));
+  real.sum().backward();
+  CHECK(torch::equal(score.grad(), output.virtual_tokens.logical_not().to(torch::kFloat32)));
+
+  CHECK_THROWS_WITH(
+      peft::models::real_tokens(batch().input_ids, output),
+      Contains("real_tokens: expected a tensor of the output's tokens, (2, 7), but got (2, 4)"));
 }
 
 TEST_CASE("Virtual tokens have no label", "[prompt]") {

@@ -2,7 +2,12 @@
 
 #include "methods/reference_case.h"
 #include "peft/methods/bias.h"
+#include "peft/model/reparametrized.h"
 #include "peft/models/bert.h"
+#include "peft/models/deberta_v2.h"
+#include "peft/models/gpt2.h"
+
+#include <torch/nn/modules/transformercoder.h>
 
 using namespace suite;
 using peft::BitFitTerm;
@@ -115,6 +120,48 @@ TEST_CASE("The top layers are the last blocks, and the norm after them", "[top_l
   CHECK_THROWS_WITH(peft::top_layers(-1), Contains("but got -1"));
   CHECK_THROWS_WITH(add(peft::top_layers(1, true, "layer")),
                     Contains("the model has no numbered blocks in 'layer'"));
+}
+
+TEST_CASE("The norm after the blocks is a top layer, that of what every block reads is none",
+          "[top_layers]") {
+  // DeBERTa's encoder holds the norm of its vectors of distances beside the list of its blocks.
+  peft::models::DebertaV2Config config;
+  config.vocab_size(11).hidden_size(width).num_hidden_layers(layers).num_attention_heads(2).intermediate_size(
+      inner);
+  config.max_position_embeddings(6).relative_attention(true).position_buckets(4).norm_rel_ebd("layer_norm");
+  config.pos_att_type({"p2c", "c2p"});
+  const peft::models::DebertaV2Model built(config);
+  const auto cloned = std::dynamic_pointer_cast<peft::models::DebertaV2ModelImpl>(
+      peft::models::DebertaV2Model(config)->clone());
+  for (const auto& model : {built.ptr(), cloned}) {
+    const auto adapter = peft::add_adapter(*model, peft::ReplaceOptions(), peft::top_layers(1));
+    for (const auto& site : adapter.sites()) CHECK_THAT(site, Catch::StartsWith("encoder.layer.2."));
+    CHECK(adapter.sites().size() == 10);  // six projections, two of the feed-forward, two norms
+    peft::models::EncoderInputs inputs;
+    inputs.input_ids = torch::tensor({{1, 2, 3}});
+    inputs.output_hidden_states = true;
+    const auto states = model->forward(inputs).hidden_states;
+    CHECK_FALSE(states.at(2).requires_grad());
+    CHECK(states.at(3).requires_grad());
+    // By its name it can still be had.
+    CHECK(peft::add_adapter(*model, peft::ReplaceOptions(), peft::named({"encoder.LayerNorm"}), "norm")
+              .sites() == std::vector<std::string>{"encoder.LayerNorm"});
+  }
+
+  auto decoder_config = peft::models::GPT2Config().vocab_size(11).n_positions(6).n_embd(width).n_layer(2);
+  peft::models::GPT2Model decoder(decoder_config.n_head(2));
+  const auto of_decoder = peft::add_adapter(*decoder, peft::ReplaceOptions(), peft::top_layers(1)).sites();
+  CHECK(of_decoder.size() == 7);
+  CHECK(of_decoder.front() == "h.1.ln_1");
+  CHECK(of_decoder.back() == "ln_f");
+
+  nn::TransformerEncoder pre_norm(
+      nn::TransformerEncoderOptions(nn::TransformerEncoderLayerOptions(4, 2).dim_feedforward(5), 2)
+          .norm(nn::AnyModule(nn::LayerNorm(nn::LayerNormOptions({4})))));
+  peft::Reparametrized closed(pre_norm);
+  const auto of_closed = peft::add_adapter(*closed, peft::ReplaceOptions(), peft::top_layers(1)).sites();
+  CHECK(of_closed.front().starts_with("layers.1."));
+  CHECK(of_closed.back() == "norm");
 }
 
 TEST_CASE("A probed backbone can stay in evaluation mode while the head trains", "[probing]") {

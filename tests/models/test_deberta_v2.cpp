@@ -505,6 +505,28 @@ TEST_CASE("Rows of one batch use adapters of their own on DeBERTa's positions", 
   CHECK(difference(model->forward(batch()).logits, torch::cat(alone)) < 2e-6);
 }
 
+TEST_CASE("Rows of one batch have gates on DeBERTa's positions, or a prefix", "[deberta]") {
+  const torch::NoGradGuard no_grad;
+  auto model = random_classifier(third());
+  const auto gated = peft::LoraOptions(2).gating(true);
+  const auto gate = peft::add_adapter(*model, gated, peft::named({"query_proj", "key_proj"}), "gate");
+  const auto prefix = peft::add_adapter(*model, peft::PrefixOptions::adapterhub(3), peft::all(), "prefix");
+  for (const auto& adapter : {gate, prefix}) suite::shake(adapter);
+  std::vector<Tensor> alone;
+  for (const char* name : {"gate", "prefix"}) {
+    peft::set_active(*model, {name});
+    alone.push_back(model->forward(batch()).logits);
+  }
+  {
+    const peft::RowAdapters rows({"prefix", "gate"});  // the second row has padding
+    const auto mixed = model->forward(batch()).logits;
+    CHECK(difference(mixed[0], alone[1][0]) < 2e-6);
+    CHECK(difference(mixed[1], alone[0][1]) < 2e-6);
+  }
+  peft::set_active(*model, peft::Parallel("gate", "prefix"));
+  CHECK(difference(model->forward(batch()).logits, torch::cat(alone)) < 2e-6);
+}
+
 TEST_CASE("Prompts, prefixes and bottlenecks work on DeBERTa", "[deberta]") {
   const auto config = GENERATE(third(), DebertaV2Config(second().max_position_embeddings(20)));
   auto model = random_classifier(config);
@@ -519,7 +541,7 @@ TEST_CASE("Prompts, prefixes and bottlenecks work on DeBERTa", "[deberta]") {
     suite::shake(adapter);
     const auto output = model->forward(inputs);
     CHECK(output.last_hidden_state.size(1) == 6 + added);
-    CHECK(real_tokens(output.last_hidden_state, output.virtual_tokens).size(1) == 6);
+    CHECK(real_tokens(output.last_hidden_state, output).size(1) == 6);
     CHECK(difference(output.logits, plain) > 1e-4);
     output.loss.backward();
     for (const auto& [name, parameter] : adapter.named_parameters()) {

@@ -53,8 +53,10 @@ TEST_CASE("Prompts on a decoder give the same with a cache as without", "[prompt
   for (const auto& part : prompts()) {
     auto model = prompted(part);
     const auto inputs = padded();
-    const auto whole = model->forward(inputs).logits;
+    const auto at_once = model->forward(inputs);
+    const auto whole = at_once.logits;
     CHECK(whole.size(1) == length + 3);
+    CHECK(peft::models::real_tokens(whole, at_once).size(1) == length);
 
     GPT2Inputs step;
     step.use_cache = true;

@@ -23,17 +23,21 @@ inline BertConfig tiny_roberta() {
       .num_labels(3);
 }
 
-/// The formula of tests/reference/encoder_values.py.
+/// What the formula of tests/reference/encoder_values.py gives a parameter of this name.
+inline torch::Tensor named_values(const std::string& name, torch::IntArrayRef sizes) {
+  int k = 0;
+  for (const char letter : name) k += letter;
+  auto values = 0.15 * (0.7 * torch::arange(c10::multiply_integers(sizes), torch::kFloat64) + k % 31).sin();
+  if (name.ends_with("LayerNorm.weight") || name.ends_with("layer_norm.weight")) values += 1;
+  return values.reshape(sizes).to(torch::kFloat32);
+}
+
+/// Every parameter by that formula.
 inline void fill_by_name(torch::nn::Module& model) {
   const torch::NoGradGuard no_grad;
   for (auto& item : model.named_parameters()) {
-    const auto& name = item.key();
-    if (name.ends_with("decoder.weight")) continue;  // it is the words'
-    int k = 0;
-    for (const char letter : name) k += letter;
-    auto values = 0.15 * (0.7 * torch::arange(item.value().numel(), torch::kFloat64) + k % 31).sin();
-    if (name.ends_with("LayerNorm.weight") || name.ends_with("layer_norm.weight")) values += 1;
-    item.value().copy_(values.reshape(item.value().sizes()));
+    if (item.key().ends_with("decoder.weight")) continue;  // it is the words'
+    item.value().copy_(named_values(item.key(), item.value().sizes()));
   }
 }
 

@@ -4,15 +4,17 @@
 
 Needs a Python with `adapters` 1.3.0: this one, or the one that PEFT_ADAPTERS_PYTHON names. --tool is by default the
 environment's PEFT_ADAPTERHUB_TOOL, --seed random. Every configuration (the named ones, with small sizes, and --count
-random ones) is put on a tiny BERT or GPT-2 with random weights and saved by Python, as a pickle or as safetensors; so
-are fusions of two. Our program loads it under another name, runs a padded batch and writes it again; Python loads that
-into a fresh model. Outputs must agree within 1e-5 of the largest value, Python must miss no key and find none
-unexpected, and the config must say what it said.
+random ones) is put on a tiny model of each family with random weights and saved by Python, as a pickle or as
+safetensors; so are fusions of two. Our program loads it under another name, runs a padded batch and writes it again;
+Python loads that into a fresh model. Outputs must agree within 3e-6 of the largest value, Python must miss no key and
+find none unexpected, and the config must say what it said.
 
 Exit status 0 only when nothing differs; 77 where Python's libraries are missing, before anything was compared.
 """
 
 import argparse
+import copy
+import functools
 import json
 import logging
 import os
@@ -33,9 +35,12 @@ from safetensors.torch import load_file, save_file
 
 logging.disable(logging.WARNING)
 transformers.logging.set_verbosity_error()
-TOLERANCE = 1e-5
+TOLERANCE = 3e-6
 WIDTH, LAYERS, TIME = 16, 3, 7
 BERT = ["BertForSequenceClassification", "BertModel", "BertForTokenClassification"]
+ROBERTA = ["RobertaForSequenceClassification", "XLMRobertaModel", "XLMRobertaForTokenClassification",
+           "RobertaForQuestionAnswering"]
+DEBERTA = ["DebertaV2ForSequenceClassification", "DebertaV2Model", "DebertaV2ForTokenClassification"]
 GPT2 = ["GPT2LMHeadModel", "GPT2Model"]
 ACTIVATIONS = ["relu", "gelu", "gelu_new", "swish", "silu", "tanh", "leakyrelu", "sigmoid", "mish"]
 
@@ -141,23 +146,43 @@ def fits(name, config, model):
     return None
 
 
-def make_base(kind, folder):
+def tiny_config(kind):
+    sizes = dict(vocab_size=30, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2,
+                 intermediate_size=20, max_position_embeddings=24, num_labels=3, hidden_act="gelu")
+    if kind in GPT2:
+        return transformers.GPT2Config(vocab_size=30, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=24,
+                                       bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if kind in BERT:
-        config = transformers.BertConfig(
-            vocab_size=30, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=20,
-            max_position_embeddings=24, num_labels=3, hidden_act="gelu")
-    else:
-        config = transformers.GPT2Config(vocab_size=30, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=24,
-                                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model = getattr(transformers, kind)(config)
+        return transformers.BertConfig(**sizes)
+    if kind in ROBERTA:
+        sizes["num_labels"] = 2 if kind.endswith("QuestionAnswering") else 3
+        return (transformers.XLMRobertaConfig if kind.startswith("XLM") else transformers.RobertaConfig)(**sizes)
+    deberta = dict(relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm", pos_att_type="p2c|c2p",
+                   type_vocab_size=0, position_biased_input=False, share_att_key=True)  # as version 3
+    if kind == "DebertaV2Model":
+        deberta.update(share_att_key=False, conv_kernel_size=3, conv_act="gelu", position_biased_input=True)
+    return transformers.DebertaV2Config(**sizes, **deberta)
+
+
+def make_base(kind, folder):
+    model = getattr(transformers, kind)(tiny_config(kind))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
 
 
-def open_model(kind, folder):
-    model = getattr(transformers, kind).from_pretrained(folder, attn_implementation="eager").eval()
+@functools.cache
+def plain_model(kind, folder):
+    return getattr(transformers, kind).from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def open_model(kind, folder, flexible=False):
+    if flexible:  # the library's own class, with a head like that of transformers' class
+        model = adapters.AutoAdapterModel.from_pretrained(folder, attn_implementation="eager").eval()
+        model.add_classification_head("their", num_labels=3, activation_function="gelu" if kind in DEBERTA else "tanh")
+        return model
+    model = copy.deepcopy(plain_model(kind, folder))
     adapters.init(model)
     return model
 
@@ -165,6 +190,8 @@ def open_model(kind, folder):
 def run(model, inputs):
     with torch.no_grad():
         output = model.eval()(**inputs)
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], -1)
     return output.logits if "logits" in output else output.last_hidden_state
 
 
@@ -184,7 +211,7 @@ def prepare(number, label, config, kind, rng, root):
     base = os.path.join(root, kind)
     if not os.path.isdir(base):
         make_base(kind, base)
-    model = open_model(kind, base)
+    model = open_model(kind, base, flexible=label == "flexible head")
     fused = isinstance(config, tuple)
     names = ["their", "other"] if fused else ["their"]
     for name, one in zip(names, config if fused else [config]):
@@ -194,14 +221,15 @@ def prepare(number, label, config, kind, rng, root):
         model.add_adapter_fusion(setup, config=config[2])
     model.set_active_adapters(setup)
     parts = [f".{name}." for name in names] + ["adapter_fusion_layer"]
-    if not fused:  # two adapters that are fused cannot each have a head
-        parts.append("classifier")
+    head = hasattr(model, model.base_model_prefix) and not fused  # two adapters that are fused cannot each have one
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if any(part in key for part in parts):
+            if any(part in key for part in parts) or (head and not key.startswith(model.base_model_prefix)):
                 parameter += 0.2 * torch.randn_like(parameter)
     inputs = {"input_ids": torch.randint(3, 30, (3, TIME)), "attention_mask": torch.ones(3, TIME, dtype=torch.long)}
-    inputs["attention_mask"][1, 4:] = 0
+    if not (kind in DEBERTA and isinstance(config, PromptTuningConfig)):  # Python's virtual tokens look at padding
+        inputs["attention_mask"][1, 4:] = 0
+        inputs["input_ids"][1, 4:] = model.config.pad_token_id
     os.makedirs(folder)
     safe = rng.random() < 0.5
     for name in names:
@@ -243,14 +271,13 @@ def compare(job, case, line):
     errors = {}
 
     def check(what, ours, theirs):
-        mask = case["inputs"]["attention_mask"] if job["model"] != "BertForSequenceClassification" else None
+        mask = case["inputs"]["attention_mask"] if not job["model"].endswith("ForSequenceClassification") else None
         errors[what] = distance(ours, theirs, mask)
         if not errors[what] <= TOLERANCE:
             problems.append(f"{what} differs by {errors[what]:.2g}")
 
     check("our output", found["adapted"], case["expected"])
-    check("the base", found["disabled"], run(getattr(transformers, job["model"]).from_pretrained(job["base"]),
-                                             case["inputs"]))
+    check("the base", found["disabled"], run(plain_model(job["model"], job["base"]), case["inputs"]))
     written = {name: os.path.join(job["out"], name) for name in job["adapters"]}
     pairs = [pair for name in written
              for pair in zip(read_configs(job["adapters"][name]), read_configs(written[name]), strict=True)]
@@ -297,11 +324,16 @@ def main():
     print(f"seed {options.seed}")
     rng = random.Random(options.seed)
     torch.manual_seed(options.seed)
-    wanted = [(name, config, kind) for name, config in named_configs().items() for kind in BERT[:2] + GPT2[:1]]
-    wanted += [(name, config, kind) for name, config in fused_configs().items() for kind in BERT[:2] + GPT2[1:]]
+    wanted = [(name, config, kind) for name, config in named_configs().items()
+              for kind in BERT[:2] + ROBERTA[:1] + DEBERTA[:1] + GPT2[:1]]
+    wanted += [(name, config, kind) for name, config in fused_configs().items()
+               for kind in BERT[:2] + ROBERTA[:1] + DEBERTA[:1] + GPT2[1:]]
     wanted += [(name, named_configs()[name], "GPT2Model") for name in ("houlsby inv", "pfeiffer inv")]
+    wanted += [(name, named_configs()[name], kind) for name in ("pfeiffer inv", "prefix gates", "ia3", "unipelt")
+               for kind in ROBERTA[1:] + DEBERTA[1:]]
+    wanted += [("flexible head", named_configs()["pfeiffer"], kind) for kind in (ROBERTA[0], DEBERTA[0])]
     for number in range(options.count):
-        wanted.append((f"random {number}", random_config(rng), rng.choice(BERT + GPT2)))
+        wanted.append((f"random {number}", random_config(rng), rng.choice(BERT + ROBERTA + DEBERTA + GPT2)))
     with tempfile.TemporaryDirectory() as root:
         jobs, cases, skipped = [], [], {}
         for number, (name, config, kind) in enumerate(wanted):

@@ -309,6 +309,23 @@ def family_rows(base, family):
                       without=unmerged)
 
 
+# Heads of masked words, whose bias has two names: family, more of its config, head, weights of the head, all biases.
+HEADS = {
+    "bert head": ("Bert", {}, "cls", 1154, 370),
+    "roberta head": ("Roberta", FAMILIES["roberta"].config, "lm_head", 1154, 370),
+    "deberta-v2 head": ("DebertaV2", FAMILIES["deberta-v2"].config, "cls", 1154, 386),
+    "deberta-v2 new head": ("DebertaV2", {**FAMILIES["deberta-v2"].config, "legacy": False}, "lm_predictions", 354, 386),
+}
+
+
+def head_rows(base, name, head, weights, biases):
+    ends = "_proj" if name == "DebertaV2" else ""
+    targets = [f"query{ends}", f"value{ends}"]
+    yield Row("LoRA", f"{base} saved", base, lambda: lora(target_modules=targets, modules_to_save=[head]), count_lora,
+              extra=weights)
+    yield Row("LoRA", f"{base}, all biases", base, lambda: lora(target_modules=targets, bias="all"), count_lora, extra=biases)
+
+
 def lora(**more):
     return peft.LoraConfig(**{**dict(r=4, lora_alpha=6), **more})
 
@@ -505,6 +522,8 @@ def rows():
     yield from prompt_rows()
     for base, family in FAMILIES.items():
         yield from family_rows(base, family)
+    for base, (name, _, head, weights, biases) in HEADS.items():
+        yield from head_rows(base, name, head, weights, biases)
 
 
 class Comparison(common.Comparison):
@@ -542,10 +561,15 @@ class Comparison(common.Comparison):
         texts = torch.arange(9) >= torch.randint(9, (50, 1))  # padded on the left
         self.inputs["gpt2"] = {"input_ids": torch.randint(1, 40, (50, 9)) * texts, "attention_mask": texts.long()}
         self.labels["gpt2"] = torch.randint(40, (50,))
+        sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                     initializer_range=0.2)
+        for name, (family, more, *_) in HEADS.items():
+            config = getattr(transformers, f"{family}Config")(**sizes, **more)
+            self.bases[name] = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+            self.inputs[name] = {**inputs, "input_ids": inputs["input_ids"].clamp_min(2)}
+            self.labels[name] = torch.randint(3, (4,))
         for name, family in FAMILIES.items():
-            config = getattr(transformers, f"{family.name}Config")(**{**dict(
-                vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-                initializer_range=0.2), **family.config})
+            config = getattr(transformers, f"{family.name}Config")(**sizes, **family.config)
             padding, masked = config.pad_token_id, inputs["attention_mask"] == 0
             ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == padding, 2).masked_fill(masked, padding)
             for end, (task, _) in TASKS.items():
@@ -554,7 +578,7 @@ class Comparison(common.Comparison):
                 self.inputs[name + end] = {**inputs, "input_ids": ids}
                 self.labels[name + end] = torch.randint(3, (4,))
             self.inputs[f"{name} tasks"]["task_ids"] = rows["task_ids"]
-        for name in ["prompted", "gpt2", *(name + end for name in FAMILIES for end in TASKS)]:
+        for name in ["prompted", "gpt2", *HEADS, *(name + end for name in FAMILIES for end in TASKS)]:
             self.write_base(name, None)
 
     def write_base(self, name, file):

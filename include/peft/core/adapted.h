@@ -225,6 +225,11 @@ class AdaptedImpl : public LayerSite<Layer, AdaptedImpl<Layer>> {
   /// projections): without the pieces that leave positions alone. Where rows have adapters of their own
   /// (`by_rows`), x has the positions once for each row.
   Tensor forward_positions(const Tensor& x) { return this->chain(x, /*positions=*/true); }
+  /// True if `forward_positions` gives one position by the others too, so that x must hold all there are.
+  bool mixes_positions() const {
+    return this->uses(
+        [](const PieceImpl& piece) { return piece.mixes_tokens() && piece.adapts_positions(); });
+  }
 
   /// The layer and what its adapters add to it now, where that is nothing or one low-rank term.
   std::optional<internal::LowRankLinear> low_rank() const requires PlainLinearLayer<Layer> {

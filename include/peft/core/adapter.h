@@ -1,6 +1,7 @@
 // Adapter: the user's handle on all pieces of one name across a model.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -82,10 +83,18 @@ class Adapter {
     return named;
   }
 
-  /// Number of weights that train.
+  /// Number of weights that train and are in use: of a method that grows, without its reserves, which are
+  /// among the `parameters()` (`PieceImpl::trainable`).
   int64_t count() const {
     int64_t total = 0;
-    for (const auto& tensor : parameters()) total += tensor.numel();
+    const SiteImpl* last = nullptr;
+    for (const auto& entry : entries()) {
+      if (entry.site.get() != last) {
+        for (const auto& [method, shared] : entry.site->shared(name())) total += internal::trainable(*shared);
+      }
+      last = entry.site.get();
+      total += entry.piece->trainable();
+    }
     return total;
   }
 

@@ -31,6 +31,8 @@ class AttentionPieceImpl : public ActivationPieceImpl {
   /// which holds what the piece added. A bias shorter than the keys lets every query see the keys on its
   /// left.
   virtual void extend(AttentionInputs&) {}
+  /// True for a piece whose `extend` puts keys before those of the tokens.
+  virtual bool lengthens() const { return false; }
   /// Changes the heads' outputs, (batch, heads, queries, head_width), made from these inputs.
   virtual Tensor heads(const Tensor& outputs, const AttentionInputs&) { return outputs; }
 };
@@ -106,6 +108,12 @@ class AttentionImpl : public internal::ActivationSite<AttentionImpl> {
   }
 
   std::string refusal(const PieceTree& tree) const override { return internal::stacks_only(tree); }
+
+  /// True if adapters put keys before those of the tokens now, which every query sees.
+  bool lengthened() const {
+    return uses(
+        [](const PieceImpl& piece) { return dynamic_cast<const AttentionPieceImpl&>(piece).lengthens(); });
+  }
 
   AttentionOptions options;
 

@@ -19,8 +19,9 @@ struct Embedded {
   Tensor positions;  ///< position ids (batch or 1, time); undefined: counted from the tokens as they are
   Tensor types;      ///< token type ids (batch, time)
   int64_t past = 0;  ///< tokens in the cache; a prompt enters only where there are none
-  Tensor virtual_tokens = {};  ///< (batch or 1, time), true where a piece put a token; undefined: nowhere
-  Tensor tasks = {};           ///< (batch), of `TaskIds`
+  Tensor virtual_tokens = {};      ///< (batch or 1, time), true where a piece put a token; undefined: nowhere
+  Tensor tasks = {};               ///< (batch), of `TaskIds`
+  int64_t num_virtual_tokens = 0;  ///< how many of a row's tokens pieces put in: known without their device
 };
 
 /// While it lives, each row of this thread's batches belongs to a task: for methods with tensors of each task
@@ -178,7 +179,7 @@ class InputSite : public ActivationSite<Derived> {
   std::string refusal(const PieceTree& tree) const override { return stacks_only(tree); }
 
   Embedded forward(Embedded in) {
-    const auto past = in.past;
+    const auto past = in.past, before = in.values.size(1) - in.num_virtual_tokens;
     auto tasks = TaskIds::current();
     if (tasks.defined() && in.values.size(0) > tasks.size(0)) tasks = repeated(tasks, this->branches());
     auto out = this->route(
@@ -197,7 +198,7 @@ class InputSite : public ActivationSite<Derived> {
           const auto ids = rows[0].options().dtype(torch::kLong);
           return torch::arange(first, first + rows[0].size(1), ids).unsqueeze(0);
         });
-    return {out[0], out[1], out[2], out[3], past, out[4], out[5]};
+    return {out[0], out[1], out[2], out[3], past, out[4], out[5], out[0].size(1) - before};
   }
 
   InputOptions options;

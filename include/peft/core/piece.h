@@ -1,6 +1,7 @@
 // Piece: one method's tensors on one site, and what it does to the layer below it.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -89,6 +90,9 @@ class PieceImpl : public nn::Module {
   /// (`AdaptedImpl::forward_positions`).
   virtual bool adapts_positions() const { return true; }
 
+  /// True for a piece whose output for one token depends on the others of its text: a gate.
+  virtual bool mixes_tokens() const { return false; }
+
   /// True for a piece that acts on a tied matrix in all its uses: on a model's words and on its head
   /// (`SiteImpl::tie_to`). It then meets both layers.
   virtual bool follows_ties() const { return false; }
@@ -119,6 +123,10 @@ class PieceImpl : public nn::Module {
   void tie(std::shared_ptr<SharedImpl> shared) { shared_ = std::move(shared); }
   /// The shared part; nullptr for a method without one, and in a copy that nothing has tied yet.
   const std::shared_ptr<SharedImpl>& shared() const { return shared_; }
+
+  /// How many weights train that the method uses: without those that only wait to join it (IncreLoRA's
+  /// reserves).
+  virtual int64_t trainable() const { return internal::trainable(*this); }
 
   /// How many base values a piece makes different once merged.
   struct Changed {

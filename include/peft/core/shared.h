@@ -1,6 +1,7 @@
 // Shared: tensors that several pieces of one adapter use.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -20,6 +21,15 @@ inline void copy_tensors(const nn::Module& from, nn::Module& to) {
   };
   copy_all(from.named_parameters(), to.named_parameters());
   copy_all(from.named_buffers(), to.named_buffers());
+}
+
+/// How many weights of a module train.
+inline int64_t trainable(const nn::Module& module) {
+  int64_t total = 0;
+  for (const auto& parameter : module.parameters()) {
+    if (parameter.requires_grad()) total += parameter.numel();
+  }
+  return total;
 }
 
 }  // namespace internal

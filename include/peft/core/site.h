@@ -49,6 +49,7 @@ class SiteImpl : public nn::Module {
   SiteInfo info() const {
     auto info = base_info();
     info.path = path_;
+    info.beside_blocks = beside_blocks_;
     for (const auto& head : heads_) {
       const auto site = head.lock();
       if (site && site->tied_words().get() == this) info.tied.push_back(site->path());
@@ -150,6 +151,10 @@ class SiteImpl : public nn::Module {
                   [this](const auto& head) { return head.expired() || head.lock().get() == this; });
     words->heads_.push_back(std::dynamic_pointer_cast<SiteImpl>(shared_from_this()));
   }
+  /// Says that what this layer gives is read by every block of the model, beside the text: DeBERTa's vectors
+  /// of distances and their norm. It is then no part of what follows the blocks, wherever it is registered.
+  void stand_beside_blocks() { beside_blocks_ = true; }
+
   /// True if the adapter has pieces here, or such that act here.
   bool acts(const std::string& adapter) const { return !resolve({adapter}).empty(); }
 
@@ -254,6 +259,7 @@ class SiteImpl : public nn::Module {
   /// Copies adapters (own tensors, own records) and the state of a merge; the base is the derived class's.
   void copy_adapters_from(const SiteImpl& other) {
     path_ = other.path_;
+    beside_blocks_ = other.beside_blocks_;
     merged_ = other.merged_;
     share(std::make_shared<Activation>());
     activation_->set(*other.activation_->get());
@@ -285,6 +291,18 @@ class SiteImpl : public nn::Module {
     const auto build = [&] { return resolve(set->composition); };
     if (const auto* kept = set->trees->of(number_, state(), build)) return {std::move(set), kept};
     return std::make_shared<const PieceTree>(build());
+  }
+  /// True if a piece that this forward runs over, in any row, is one that `is` picks.
+  template <class Is>
+  bool uses(const Is& is) const {
+    bool found = false;
+    const auto look = [&](const PieceImpl& piece) { found = found || is(piece); };
+    if (const auto* names = RowAdapters::current()) {
+      for (const auto& name : *names) resolve({name}).each(look);
+    } else if (const auto tree = active_tree()) {
+      tree->each(look);
+    }
+    return found;
   }
   /// To be called when the site's pieces or weights are no longer those that `set_active` checked.
   void change() {
@@ -369,6 +387,7 @@ class SiteImpl : public nn::Module {
   }
 
   std::string path_;
+  bool beside_blocks_ = false;
   std::weak_ptr<SiteImpl> words_;               ///< whose matrix is this site's too
   std::vector<std::weak_ptr<SiteImpl>> heads_;  ///< whose matrix this site's is
   std::shared_ptr<Activation> activation_ = std::make_shared<Activation>();

@@ -126,6 +126,7 @@ struct SiteInfo {
   bool weights_only = false;     ///< pieces act through W′ alone: the layer's input is out of their reach
   bool ignores_dropout = false;  ///< and dropout is accepted without effect, as in the reference
   bool bare = false;             ///< a tensor without a layer (Hugging Face's `target_parameters`)
+  bool beside_blocks = false;    ///< every block reads what it gives, beside the text (relative positions)
   /// Of a 3-d weight: how many matrices it stacks, each (fan_out, expert_in). Of several, fan_in is empty.
   int64_t experts = 1, expert_in = 0;
   /// (out, in) of the layer whose low-rank factors the reference draws, and discards, before this one's.

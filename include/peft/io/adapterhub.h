@@ -65,7 +65,7 @@ inline std::string current_hub_key(std::string key, const HubPlaces& places) {
   for (const auto& [old, name] : renamed) {
     if (const auto at = key.find(old); at != std::string::npos) key.replace(at, old.size(), name);
   }
-  const std::string prefix = places.family().prefix;
+  const auto& prefix = places.family().prefix;
   if (key.starts_with(prefix)) key.erase(0, prefix.size());
   return places.prefix() + key;
 }
@@ -84,8 +84,9 @@ inline bool is_adapterhub(const std::filesystem::path& directory) {
 /// Writes an adapter into a folder of AdapterHub's form, which Python's `model.load_adapter(dir,
 /// use_safetensors=True)` reads: `adapter_config.json` and `adapter.safetensors`, and where the adapter
 /// trains the classifier `head_config.json` and `model_head.safetensors`. For models whose `Described` type
-/// is "bert" or "gpt2", built as this library's. Methods: bottlenecks (Compacter too), prefixes, prompts,
-/// LoRA, (IA)³, and any of them together. A folder that is not there appears complete or not at all.
+/// is "bert", "roberta", "xlm-roberta", "deberta-v2" or "gpt2", built as this library's. Methods: bottlenecks
+/// (Compacter too), prefixes, prompts, LoRA, (IA)³, and any of them together. A folder that is not there
+/// appears complete or not at all.
 ///
 /// Returns what a user should be told, a line each. Throws: c10::ValueError, before anything is written,
 /// listing what has no form in such files; c10::Error where a file cannot be written. Example:
@@ -134,7 +135,7 @@ inline std::vector<std::string> save_adapterhub(nn::Module& model, const std::st
     }
   }
   nlohmann::json head_json;
-  const auto head = write_hub_head(replaced, places, name, described.task_type, head_json, problems);
+  const auto head = write_hub_head(replaced, places, name, head_json, problems);
   problems.raise("save_adapterhub: '" + name + "' cannot be written");
 
   auto json = hub_model_json(places, described);
@@ -190,10 +191,10 @@ inline Adapter load_adapterhub(nn::Module& model, const std::filesystem::path& d
       directory, hub_tensors, hub_pickle,
       [&](const std::string& key) { return current_hub_key(key, places); }, problems);
   const auto document = HubConfigReader(directory / config_file_name, places, problems, note).read(file);
+  if (!document.usable) problems.raise(title);
   HubHead head;
   if (with_head && std::filesystem::exists(directory / hub_head_config, ignored))
-    head = read_hub_head(directory, places, record->model.task_type, problems, note);
-  if (!document.usable) problems.raise(title);
+    head = read_hub_head(directory, places, problems, note);
 
   std::vector<Part> parts;
   bool refused = false;

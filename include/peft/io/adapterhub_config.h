@@ -34,6 +34,20 @@ struct HubDocument {
   bool usable = true;  ///< false where what decides tensors and shapes could not be read
 };
 
+/// Refuses the files of another model: of another family, which nothing else is asked of then (false), or
+/// another width.
+inline bool check_hub_model(ConfigFields& fields, const HubPlaces& places) {
+  const auto& type = places.family().model_type;
+  if (fields.has("model_type") && fields.value("model_type") != type) {
+    fields.complain("model_type", "must be the model's, \"" + type + "\"");
+    return false;
+  }
+  if (fields.has("hidden_size") && fields.value("hidden_size") != places.width()) {
+    fields.complain("hidden_size", "must be the model's, " + std::to_string(places.width()));
+  }
+  return true;
+}
+
 /// True for a version before 1.1.0, whose LoRA was trained without its scale.
 inline bool has_unscaled_lora(const std::string& version) {
   std::array<int, 3> number{};
@@ -64,16 +78,13 @@ class HubConfigReader {
   /// `file`: the adapter's tensors.
   HubDocument read(const HubFile& file) {
     HubDocument document;
+    if (!check_hub_model(fields_, places_)) {
+      document.usable = false;
+      return document;
+    }
     document.name = name();
     if (document.name.empty()) fields_.complain("name", "must be a name");
     document.model_name = fields_.string("model_name");
-    if (fields_.has("model_type") && fields_.value("model_type") != places_.family().model_type) {
-      fields_.complain("model_type",
-                       "must be the model's, \"" + std::string(places_.family().model_type) + "\"");
-    }
-    if (fields_.has("hidden_size") && fields_.value("hidden_size") != places_.width()) {
-      fields_.complain("hidden_size", "must be the model's, " + std::to_string(places_.width()));
-    }
     static const std::set<std::string> known{"config",      "config_id",  "hidden_size",
                                              "model_class", "model_name", "model_type",
                                              "name",        "type",       "version"};

@@ -153,6 +153,7 @@ inline Adapter load_adapterhub_fusion(
     return ConfigFields(json, places.family().model_type, problems, note, hub_fusion_config);
   };
   auto fields = fields_of(read_json_object(path));
+  if (!check_hub_model(fields, places)) problems.raise(title);
   const auto own_name = fields.string("name");
   if (own_name.empty()) fields.complain("name", "must be a name");
   const auto theirs = fields.strings("adapter_names");

@@ -3,31 +3,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "peft/core/site.h"
+#include "peft/io/adapterhub_families.h"
 #include "peft/model/targets.h"
 
 namespace peft::internal {
-
-/// What a place of a model is to AdapterHub.
-enum class HubRole : std::uint8_t {
-  query,
-  key,
-  value,
-  projections,     ///< query, key and value stacked in one layer
-  intermediate,    ///< the first layer of a feed-forward network
-  output,          ///< its second layer
-  attention_join,  ///< where the attention meets what came in: `mh_adapter`
-  output_join,     ///< where the feed-forward network does: `output_adapter`
-  attention,       ///< between the projections
-  embeddings,      ///< what the first layer reads
-};
 
 /// A place of a model.
 struct HubPlace {
@@ -37,58 +22,6 @@ struct HubPlace {
   std::shared_ptr<SiteImpl> site;  ///< where it is here
 };
 
-/// One family of models.
-struct HubFamily {
-  struct Row {
-    HubRole role;
-    const char* site;  ///< our path, # for the layer's index
-    const char* key;   ///< Python's
-  };
-  const char* model_type;
-  const char* prefix;                          ///< of the base inside a model with a head
-  std::map<std::string, std::string> classes;  ///< transformers' class by task type
-  std::string flexible_class;                  ///< the library's own class, which takes any head
-  bool has_prompts;                            ///< Python's models take prompts
-  std::vector<Row> rows;
-};
-
-/// The families whose files are known, our paths and Python's without the prefix.
-inline const std::vector<HubFamily>& hub_families() {
-  using R = HubRole;
-  static const std::vector<HubFamily> families{
-      {"bert",
-       "bert.",
-       {{"SEQ_CLS", "BertForSequenceClassification"},
-        {"TOKEN_CLS", "BertForTokenClassification"},
-        {"FEATURE_EXTRACTION", "BertModel"}},
-       "BertAdapterModel",
-       true,
-       {{R::query, "encoder.layer.#.attention.self.query", "encoder.layer.#.attention.self.query."},
-        {R::key, "encoder.layer.#.attention.self.key", "encoder.layer.#.attention.self.key."},
-        {R::value, "encoder.layer.#.attention.self.value", "encoder.layer.#.attention.self.value."},
-        {R::intermediate, "encoder.layer.#.intermediate.dense", "encoder.layer.#.intermediate.dense."},
-        {R::output, "encoder.layer.#.output.dense", "encoder.layer.#.output.dense."},
-        {R::attention_join, "encoder.layer.#.attention.output.LayerNorm",
-         "encoder.layer.#.attention.output."},
-        {R::output_join, "encoder.layer.#.output.LayerNorm", "encoder.layer.#.output."},
-        {R::attention, "encoder.layer.#.attention.self.attention", "encoder.layer.#.attention.self."},
-        {R::embeddings, "embeddings.output", ""}}},
-      {"gpt2",
-       "transformer.",
-       {{"CAUSAL_LM", "GPT2LMHeadModel"}, {"FEATURE_EXTRACTION", "GPT2Model"}},
-       "GPT2AdapterModel",
-       false,
-       {{R::projections, "h.#.attn.c_attn", "h.#.attn.c_attn."},
-        {R::intermediate, "h.#.mlp.c_fc", "h.#.mlp.c_fc."},
-        {R::output, "h.#.mlp.c_proj", "h.#.mlp.c_proj."},
-        {R::attention_join, "h.#.attn_residual", "h.#.attention_adapters."},
-        {R::output_join, "h.#.mlp_residual", "h.#.output_adapters."},
-        {R::attention, "h.#.attn.attention", "h.#.attn."},
-        {R::embeddings, "output", ""}}},
-  };
-  return families;
-}
-
 /// The places of one model.
 class HubPlaces {
  public:
@@ -96,13 +29,13 @@ class HubPlaces {
   HubPlaces(const std::vector<Node>& nodes, const ModelDescription& model, const char* verb) {
     std::string known;
     for (const auto& family : hub_families()) {
-      known += (known.empty() ? "'" : ", '") + std::string(family.model_type) + "'";
+      known += (known.empty() ? "'" : ", '") + family.model_type + "'";
       if (family.model_type == model.model_type) family_ = &family;
     }
     TORCH_CHECK_VALUE(family_, verb, ": the model's type must be one whose AdapterHub files are known (",
                       known, "), but got '", model.model_type, "'");
-    const auto found = family_->classes.find(model.task_type);
-    if (found != family_->classes.end()) model_class_ = found->second;
+    const auto found = family_->tasks.find(model.task_type);
+    if (found != family_->tasks.end()) task_ = found->second;
     for (const auto& node : nodes) {
       if (node.site) add(node.site, node.path);
     }
@@ -111,11 +44,15 @@ class HubPlaces {
   }
 
   const HubFamily& family() const { return *family_; }
+  /// What the model is for; its class is empty where that is unknown.
+  const HubTask& task() const { return task_; }
   /// transformers' class of the model: "BertForSequenceClassification"; empty: unknown.
-  const std::string& model_class() const { return model_class_; }
+  const std::string& model_class() const { return task_.model_class; }
   /// What the keys of the base begin with: "bert.", or nothing where the model is the base.
   const std::string& prefix() const { return prefix_; }
   int64_t width() const { return width_; }
+  /// Width of the words' vectors, which Python's prompts and invertible adapters have.
+  int64_t word_width() const { return word_width_ > 0 ? word_width_ : width_; }
   const std::set<int64_t>& layers() const { return layers_; }
 
   /// The place a site is, or nullptr.
@@ -138,7 +75,7 @@ class HubPlaces {
 
  private:
   void add(const std::shared_ptr<SiteImpl>& site, const std::string& path) {
-    const std::string usual = family_->prefix;
+    const auto& usual = family_->prefix;
     const auto prefix = path.starts_with(usual) ? usual : std::string();
     for (const auto& row : family_->rows) {
       const auto layer = layer_in(row.site, path.substr(prefix.size()));
@@ -149,6 +86,7 @@ class HubPlaces {
       places_.push_back({row.role, layer, key, site});
       if (layer >= 0) layers_.insert(layer);
       if (row.role == HubRole::embeddings) width_ = site->info().width;
+      if (row.role == HubRole::words) word_width_ = site->info().width;
     }
   }
   /// The layer a path has where the pattern has its #; −1: the pattern has none; −2: it is another path.
@@ -164,10 +102,11 @@ class HubPlaces {
   }
 
   const HubFamily* family_ = nullptr;
-  std::string model_class_, prefix_;
+  HubTask task_;
+  std::string prefix_;
   std::vector<HubPlace> places_;
   std::set<int64_t> layers_;
-  int64_t width_ = 0;
+  int64_t width_ = 0, word_width_ = 0;
 };
 
 }  // namespace peft::internal

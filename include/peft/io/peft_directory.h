@@ -46,6 +46,9 @@ inline std::vector<std::string> save_adapter(const Adapter& adapter, const std::
   for (auto& [key, tensor] : internal::keyed_tensors(adapter.entries(), exporter.format())) {
     tensors.emplace_back(key, std::move(tensor));
   }
+  for (const auto& names : adapter.record().model.second_names) {
+    if (exporter.has_second(names)) internal::add_second_name(tensors, names);
+  }
   internal::write_directory(directory, [&](const std::filesystem::path& folder) {
     AtomicFile text(folder / internal::config_file_name);
     text.write(config);
@@ -116,6 +119,8 @@ inline std::shared_ptr<const Origin> origin_of(const PeftConfig& config, const P
   } else if (config.bias == BiasMode::all) {
     origin.pattern = every_path;
     origin.exclude = config.modules_to_save;
+  } else if (lies_under(piece.site().path, config.modules_to_save)) {
+    origin.names = config.modules_to_save;
   }
   return std::make_shared<Origin>(std::move(origin));
 }
@@ -168,8 +173,14 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     problems.add(std::string(config_file_name) + ": " + error.what_without_backtrace());
     problems.raise(title);
   }
-  const auto saved = finder.saved_sites(config, misfits);
-  const auto biases = finder.bias_sites(config, adapted, saved, misfits);
+  auto saved = finder.saved_sites(config, misfits);
+  auto biases = finder.bias_sites(config, adapted, saved, misfits);
+  for (const auto& names : record->model.second_names) {
+    // Python's head has no matrix there: the bias alone is the adapter's.
+    const auto site = module_above(names.own);
+    const bool moves = !config.own && names.kind == SecondName::Kind::only && std::erase(saved, site) > 0;
+    if (moves) biases.push_back(site);
+  }
   const bool fits = absorb(problems, misfits);
   parts.insert(parts.end(), config.further_parts.begin(), config.further_parts.end());
   if (!saved.empty()) parts.push_back(on(ReplaceOptions(), finder.at(saved)));
@@ -202,7 +213,9 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     problems.raise(title);
   }
   const auto tensors = keyed_tensors(plan.entries, config.format, /*loading=*/true);
-  if (fits && file.readable()) file.check(tensors, repeated, config.format);
+  if (fits && file.readable()) {
+    file.check(tensors, repeated, config.format, record->model.second_names);
+  }
   problems.raise(title);
 
   file.copy_into(tensors);

@@ -42,6 +42,7 @@ class PeftExporter {
     if (config_.format) set_targets();
     set_saved();
     set_bias();
+    check_matrices();
     if (!config_.format) {
       own("it has no LoRA or other method Python has");
     } else if (const auto why = config_.format->unreadable(methods_); !why.empty()) {
@@ -72,6 +73,15 @@ class PeftExporter {
   }
 
   const PeftFormat* format() const { return config_.format; }
+  /// True where the file has a tensor under its second name.
+  bool has_second(const SecondName& names) const {
+    if (config_.own) return false;
+    const auto site = module_above(names.own);
+    const auto here = [&site](const Entry& entry) { return path(entry) == site; };
+    const bool biased = std::any_of(biases_.begin(), biases_.end(), here);
+    if (biased && config_.bias == BiasMode::all) return true;
+    return (biased || std::any_of(saved_.begin(), saved_.end(), here)) && saves_above(names);
+  }
 
  private:
   using Entry = Adapter::Entry;
@@ -296,7 +306,10 @@ class PeftExporter {
   void set_bias() {
     if (biases_.empty()) return;
     std::set<std::string> biased, adapted;
-    for (const auto& entry : biases_) biased.insert(path(entry));
+    for (const auto& entry : biases_) {
+      if (!is_of_saved_head(entry)) biased.insert(path(entry));
+    }
+    if (biased.empty()) return;
     for (const auto& entry : targeted_) {
       if (has_own_bias(entry.site->info())) adapted.insert(path(entry));
     }
@@ -320,6 +333,30 @@ class PeftExporter {
     } else if (config_.format) {
       own("Python trains no biases beside " + config_.format->title());
     }
+  }
+
+  /// A tied head that is no module in Python's model has no matrix there that could train.
+  void check_matrices() {
+    for (const auto& names : adapter_.record().model.second_names) {
+      const auto site = module_above(names.own);
+      if (names.kind != SecondName::Kind::only) continue;
+      if (std::any_of(saved_.begin(), saved_.end(),
+                      [&](const Entry& entry) { return path(entry) == site; })) {
+        own("'" + site + "' has a matrix of its own, where Python's head has that of the words");
+      }
+    }
+  }
+  /// True where Python saves the module that has the second name.
+  bool saves_above(const SecondName& names) const {
+    return lies_under(module_above(names.second), config_.modules_to_save);
+  }
+  /// True for the bias of a head that is saved, where Python's head has no other tensor.
+  bool is_of_saved_head(const Entry& entry) const {
+    const auto& all = adapter_.record().model.second_names;
+    return std::any_of(all.begin(), all.end(), [&](const SecondName& names) {
+      return names.kind == SecondName::Kind::only && module_above(names.own) == path(entry) &&
+             saves_above(names);
+    });
   }
 
   void own(const std::string& why) {

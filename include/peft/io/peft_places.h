@@ -17,6 +17,12 @@ inline bool has_own_bias(const SiteInfo& info) {
   return info.has_bias() && info.files.kind != FileNames::Kind::parameter && info.files.bias == "bias";
 }
 
+/// The path of the module that holds one, or a tensor.
+inline std::string module_above(const std::string& path) {
+  const auto dot = path.rfind('.');
+  return dot == std::string::npos ? "" : path.substr(0, dot);
+}
+
 /// Keys of one adapter's tensors. A layer that a method adapts lies one level down in Python, as
 /// `base_layer`; of the parameters of one module each adds a level, the first one registered the innermost.
 class PeftPlaces {
@@ -28,7 +34,7 @@ class PeftPlaces {
       if (!wrapped_.insert(info.path).second) continue;
       if (info.files.kind == FileNames::Kind::part) parts_.insert(info.target());
       if (info.files.kind == FileNames::Kind::parameter) {
-        depth_of_.emplace(info.path, levels_[module_of(info.path)]++);
+        depth_of_.emplace(info.path, levels_[module_above(info.path)]++);
       }
     }
   }
@@ -41,7 +47,7 @@ class PeftPlaces {
       case FileNames::Kind::part:
         return under(info.target()) + info.files.level;
       case FileNames::Kind::parameter:
-        const auto module = module_of(info.path);
+        const auto module = module_above(info.path);
         return under(module) + down(levels_.at(module) - 1 - depth_of_.at(info.path));
     }
     return under(info.path);
@@ -60,7 +66,7 @@ class PeftPlaces {
                name;
       }
       case FileNames::Kind::parameter:
-        const auto module = module_of(info.path);
+        const auto module = module_above(info.path);
         const auto found = levels_.find(module);
         return under(module) + down(found == levels_.end() ? 0 : found->second) + name;
     }
@@ -68,10 +74,6 @@ class PeftPlaces {
   }
 
  private:
-  static std::string module_of(const std::string& path) {
-    const auto dot = path.rfind('.');
-    return dot == std::string::npos ? "" : path.substr(0, dot);
-  }
   static std::string under(const std::string& path) {
     return std::string(model_prefix) + (path.empty() ? "" : path + ".");
   }

@@ -13,6 +13,7 @@
 #include "peft/core/problems.h"
 #include "peft/io/peft_format.h"
 #include "peft/io/peft_places.h"
+#include "peft/io/peft_second_names.h"
 #include "peft/io/tensor_file.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/replace.h"
@@ -73,12 +74,13 @@ class AdapterTensors {
 
   /// Checks that the file holds the `expected` tensors and no others. `repeated`: tensors of the base that it
   /// may hold too, with the base's values. Everything that is wrong is added to the problems.
-  /// `format`: the method's, which may know older names.
+  /// `format`: the method's, which may know older names. `second_names`: the base's.
   void check(const std::vector<DiskTensor>& expected, const std::map<std::string, Tensor>& repeated,
-             const PeftFormat* format) {
+             const PeftFormat* format, const std::vector<SecondName>& second_names) {
     std::set<std::string> keys;
     for (const auto& [key, tensor] : expected) keys.insert(key);
     settle_names(keys, format);
+    for (const auto& names : second_names) settle_second_name(keys, names);
     for (const auto& [key, tensor] : expected) {
       const auto found = tensors_.find(key);
       if (found == tensors_.end()) {
@@ -165,6 +167,25 @@ class AdapterTensors {
     const auto last = key.rfind('.');
     if (last == std::string::npos || !key.substr(0, last).ends_with("." + name)) return key;
     return key.substr(0, last - name.size() - 1) + key.substr(last);
+  }
+
+  /// What the file has under a second name gets the tensor's own.
+  void settle_second_name(const std::set<std::string>& expected, const SecondName& names) {
+    const bool one = names.kind != SecondName::Kind::unused;
+    for (const auto& key : expected) {
+      const auto second = tensors_.find(second_key(key, names));
+      if (second == tensors_.end()) continue;
+      const auto own = tensors_.find(key);
+      if (own == tensors_.end() && !one) continue;
+      if (own == tensors_.end()) {
+        tensors_.emplace(key, second->second);
+      } else if (const auto& a = own->second.tensor, &b = second->second.tensor;
+                 one && (a.sizes() != b.sizes() || !a.equal(b.to(a.scalar_type())))) {
+        problems_.add(file_ + ": '" + second->second.key + "' and '" + own->second.key +
+                      "' are one tensor of the base and must be equal, but differ");
+      }
+      tensors_.erase(second);
+    }
   }
 
   /// Python's copies of what stands elsewhere: of a saved module, in the files of bias = "all".

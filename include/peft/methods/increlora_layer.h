@@ -104,8 +104,8 @@ struct ScoreProbe : torch::autograd::Function<ScoreProbe> {
 /// `advance_learn`).
 /// Formula: W′ = W + s · B (A ⊙ E), reserve included.
 /// Shapes: lora_A[i]: (ρᵢ, in); lora_E[i]: (ρᵢ, 1); lora_B[i]: (out, ρᵢ).
-/// Trains: all chunks but the reserve's E, and its A and B without `advance_learn`. Count at the start:
-/// rank (in + out + 1).
+/// Trains: all chunks but the reserve's E, and its A and B without `advance_learn`. Count: r (in + out + 1);
+/// the reserve is in none, as in the author's count (who leaves E out).
 /// Throws: c10::ValueError for options out of range; c10::Error when an optimizer left the controller out.
 /// Paper: IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning,
 /// arXiv 2308.12043; numbers and order as in the author's code (github.com/FeiyuZhang98/IncreLoRA).
@@ -169,6 +169,9 @@ class IncreLoraImpl : public Piece<IncreLoraImpl, IncreLoraOptions> {
   Tensor all_B() const { return torch::cat(lora_B, 1); }
 
   bool needs_controller() const override { return true; }
+  int64_t trainable() const override {
+    return lora_A[0].requires_grad() ? rank_ * (lora_A[0].size(1) + lora_B[0].size(0) + 1) : 0;
+  }
   void mark() const override { guard_.mark({lora_A[0], lora_E[0], lora_B[0]}); }
   bool scalable() const override { return true; }
   void set_scale(double factor) override { factor_ = factor; }

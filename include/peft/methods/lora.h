@@ -47,6 +47,8 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
                                    : update(dropped, layer));
   }
 
+  bool mixes_tokens() const override { return gate_weight.defined(); }
+
   std::optional<LowRankTerm> low_rank() const override {
     if (gate_weight.defined() || lora_B_bias.defined() || loftq_weight.defined()) return {};
     if (lora_A_0.defined() && drops()) return {};  // A₀ is not dropped

@@ -55,6 +55,8 @@ class PrefixImpl : public Piece<PrefixImpl, PrefixOptions, AttentionPieceImpl> {
     in.v = torch::cat({v.expand({batch, -1, -1, -1}), in.v}, 2);
   }
 
+  bool lengthens() const override { return true; }
+
   /// Numbers the layers of each role, in the model's order.
   std::shared_ptr<SharedImpl> make_shared_part(
       const std::vector<std::shared_ptr<PieceImpl>>& pieces) const override;

@@ -116,11 +116,12 @@ inline std::optional<BlockPlace> block_place(const std::string& path) {
 }  // namespace internal
 
 /// The last k blocks of a model, and with `final_norm` the norms that follow them in the module that holds
-/// them: for `ReplaceOptions`. The task head trains beside (`train_also`); embeddings and the blocks below
-/// stay as they are, and no gradient is computed for them. Blocks are the modules of a list, those of the
-/// first number in a path; of several lists (an encoder and a decoder), the last k of each, or of those alone
-/// whose path ends in `stack`. Throws: c10::ValueError for k below 1 (0 is linear probing) or, in
-/// `add_adapter`, above the number of blocks. Example:
+/// them (not those of what every block reads, `SiteInfo::beside_blocks`): for `ReplaceOptions`. The task head
+/// trains beside (`train_also`); embeddings and the blocks below stay as they are, and no gradient is
+/// computed for them. Blocks are the modules of a list, those of the first number in a path; of several lists
+/// (an encoder and a decoder), the last k of each, or of those alone whose path ends in `stack`. Throws:
+/// c10::ValueError for k below 1 (0 is linear probing) or, in `add_adapter`, above the number of blocks.
+/// Example:
 /// ```
 /// auto adapter = peft::add_adapter(*model, peft::ReplaceOptions(), peft::top_layers(2));
 /// ```
@@ -155,7 +156,8 @@ inline Target top_layers(int64_t k, bool final_norm = true, const std::string& s
     for (size_t i = 0; i < sites.size(); ++i) {
       const auto place = place_of(sites[i]);
       if (place && place->index >= stacks.at(place->stack).blocks - k) paths.insert(sites[i].path);
-      if (place || !final_norm || !sites[i].fan_in.empty() || sites[i].bare) continue;
+      if (place || !final_norm || !sites[i].fan_in.empty() || sites[i].bare || sites[i].beside_blocks)
+        continue;
       for (const auto& [path, found] : stacks) {
         if (i > found.last && parent(sites[i].path) == parent(path)) paths.insert(sites[i].path);
       }

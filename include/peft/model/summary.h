@@ -14,7 +14,7 @@ namespace peft {
 
 /// Counts of one model; `text` is the table a person reads.
 struct Summary {
-  int64_t trainable = 0;        ///< weights that train
+  int64_t trainable = 0;        ///< weights that train, as `Adapter::count` has them
   int64_t changed = 0;          ///< base weights that differ once the active adapters are merged
   int64_t total = 0;            ///< weights of the base
   int64_t adapter_bytes = 0;    ///< of all adapters
@@ -70,14 +70,13 @@ inline Summary summary(nn::Module& model) {
     PieceImpl::Changed changed;
     for (const auto& name : node.site->adapters()) {
       const bool is_active = std::find(set->active.begin(), set->active.end(), name) != set->active.end();
-      const auto list = [&](const nn::Module& module, const std::string& method) {
-        int64_t trains = 0, held = 0;
+      const auto list = [&](const nn::Module& module, const std::string& method, int64_t trains) {
+        int64_t held = 0;
         for (const auto& parameter : module.parameters()) {
           const auto bytes = parameter.numel() * static_cast<int64_t>(parameter.element_size());
           held += parameter.numel();
           result.adapter_bytes += bytes;
           if (!parameter.requires_grad()) continue;
-          trains += parameter.numel();
           result.gradient_bytes += bytes;
           result.optimizer_bytes +=
               2 * parameter.numel() * std::max<int64_t>(4, static_cast<int64_t>(parameter.element_size()));
@@ -90,10 +89,11 @@ inline Summary summary(nn::Module& model) {
                         method, name, internal::count_text(held), state);
       };
       for (const auto& shared : node.site->shared(name)) {
-        if (!shared.second->parameters().empty()) list(*shared.second, "shared");
+        const auto& part = *shared.second;
+        if (!part.parameters().empty()) list(part, "shared", internal::trainable(part));
       }
       for (const auto& attached : node.site->pieces(name)) {
-        list(*attached.piece, attached.piece->method());
+        list(*attached.piece, attached.piece->method(), attached.piece->trainable());
         if (!is_active) continue;
         const auto more = attached.piece->changed();
         changed = {std::max(changed.weight, more.weight), std::max(changed.bias, more.bias)};

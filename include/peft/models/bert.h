@@ -85,6 +85,7 @@ struct BertFamily {
     static constexpr bool with_pooler = false;
     static std::vector<std::string> paths() { return {"cls"}; }
     static std::string decoder_path() { return "cls.predictions.decoder"; }
+    static bool has_decoder() { return true; }
     static std::vector<std::pair<std::string, std::string>> aliases() {
       return {{"cls.predictions.bias", "cls.predictions.decoder.bias"}};
     }

@@ -46,6 +46,7 @@ class BertStackImpl : public nn::Cloneable<BertStackImpl<Family>>, public Encode
     const auto bias = peft::internal::attention_bias(embedded.mask, embedded.values.scalar_type());
     EncoderOutput output;
     output.virtual_tokens = embedded.virtual_tokens;
+    output.num_virtual_tokens = embedded.num_virtual_tokens;
     output.last_hidden_state = encoder->forward(
         embedded.values, bias, inputs.output_hidden_states ? &output.hidden_states : nullptr);
     if (pooler) output.pooler_output = pooler->forward(output.last_hidden_state);

@@ -40,6 +40,7 @@ class DebertaV2ModelImpl : public nn::Cloneable<DebertaV2ModelImpl>, public Enco
     const auto embedded = embeddings->forward(inputs);
     EncoderOutput output;
     output.virtual_tokens = embedded.virtual_tokens;
+    output.num_virtual_tokens = embedded.num_virtual_tokens;
     output.last_hidden_state = encoder->forward(
         embedded.values, embedded.mask, inputs.output_hidden_states ? &output.hidden_states : nullptr);
     return output;
@@ -215,6 +216,7 @@ struct DebertaV2Family {
     std::string decoder_path() const {
       return legacy ? "cls.predictions.decoder" : "lm_predictions.lm_head.decoder";
     }
+    bool has_decoder() const { return legacy; }
     std::vector<std::pair<std::string, std::string>> aliases() const {
       return {{legacy ? "cls.predictions.bias" : "lm_predictions.lm_head.bias", decoder_path() + ".bias"}};
     }

@@ -114,16 +114,26 @@ class DisentangledSelfAttentionImpl : public nn::Cloneable<DisentangledSelfAtten
       bias = bias.masked_fill(hidden, peft::internal::least_score(bias.scalar_type()));
     }
     // The site divides by sqrt(width). A token that is hidden from all is hidden from itself: its products
-    // are 0, so that it sees all alike, whatever the type, and nothing learns from what it sees.
+    // are 0, so that it sees all alike, whatever the type, and nothing learns from what it sees. It sees a
+    // prefix, and that alone where there is one.
     const auto factor = std::sqrt(static_cast<double>(queries.size(3))) / scale();
     Tensor scaled;
-    if (hidden.defined()) {
+    if (hidden.defined() && !attention->lengthened()) {
       const auto seen = hidden.diagonal(0, 2, 3).logical_not().unsqueeze(3);
       scaled = queries * seen.to(queries.scalar_type()).mul_(factor);
     } else {
       scaled = queries * factor;
     }
     return attention->forward(scaled, keys, split(v), bias, /*cache=*/nullptr, x);
+  }
+
+  /// True if one distance is looked at by the others too, so that `positions` must hold all there are.
+  bool mixes_positions() const {
+    const auto mixes = [](const Linear& own, const Linear& shared) {
+      return (own ? own : shared)->mixes_positions();
+    };
+    return (config.attends("c2p") && mixes(pos_key_proj, key_proj)) ||
+           (config.attends("p2c") && mixes(pos_query_proj, query_proj));
   }
 
   DebertaV2Config config;

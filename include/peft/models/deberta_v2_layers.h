@@ -227,6 +227,8 @@ class DebertaV2EncoderImpl : public nn::Cloneable<DebertaV2EncoderImpl> {
         normed ? register_module("LayerNorm",
                                  peft::LayerNorm(nn::LayerNormOptions({width}).eps(config.layer_norm_eps())))
                : peft::LayerNorm(nullptr);
+    if (rel_embeddings) rel_embeddings->stand_beside_blocks();
+    if (LayerNorm) LayerNorm->stand_beside_blocks();
     conv = config.conv_kernel_size() > 0 ? register_module("conv", DebertaV2Convolution(config))
                                          : DebertaV2Convolution(nullptr);
   }
@@ -265,18 +267,24 @@ class DebertaV2EncoderImpl : public nn::Cloneable<DebertaV2EncoderImpl> {
   DebertaV2Convolution conv{nullptr};
 
  private:
-  /// Of a text as long as x, (batch, time, hidden): the vectors of those distances alone that occur in it.
+  /// Of a text as long as x, (batch, time, hidden): the vectors of those distances alone that occur in it,
+  /// unless an adapter looks at all of them.
   RelativePositions relative_positions(const Tensor& x) {
     const auto time = x.size(1);
     const auto rows = peft::internal::rows_of_distances(config, time);
-    const auto first = rows[0].item<int64_t>(), last = rows[-1].item<int64_t>();
+    auto first = rows[0].item<int64_t>(), last = rows[-1].item<int64_t>();
+    for (size_t i = 0; i < layer->size(); ++i) {
+      if (!layer->ptr(i)->as<DebertaV2Layer>()->attention->self->mixes_positions()) continue;
+      first = 0;
+      last = 2 * config.position_span() - 1;
+    }
     const auto options = torch::TensorOptions(torch::kLong).device(x.device());
     const auto each = rel_embeddings->by_rows() ? x.size(0) : 1;  // rows may have adapters of their own
     RelativePositions result;
     result.vectors =
         rel_embeddings->forward(torch::arange(last, first - 1, -1, options).unsqueeze(0).expand({each, -1}));
     if (LayerNorm) result.vectors = LayerNorm->forward(result.vectors);
-    if (!rows.equal(torch::arange(first, first + rows.size(0), torch::kLong))) {
+    if (!rows.equal(torch::arange(first, last + 1, torch::kLong))) {
       // Row q of the windows over the falling distances, the last window first: q, q − 1, …, q − time + 1.
       const auto places = (last - rows).flip(0).to(x.device(), /*non_blocking=*/true);
       result.index = places.unfold(0, time, 1).flip(0);

@@ -201,6 +201,7 @@ struct EncoderOutput {
   Tensor virtual_tokens;              ///< (batch or 1, time), true for those of a prompt; see `real_tokens`
   Tensor start_logits = {};           ///< (batch, time), of question answering: that an answer begins here
   Tensor end_logits = {};             ///< (batch, time): that it ends here
+  int64_t num_virtual_tokens = 0;     ///< how many `virtual_tokens` a row has
 };
 
 }  // namespace models
@@ -235,20 +236,31 @@ inline void check_inputs(const models::EncoderInputs& inputs, const char* model)
 
 namespace models {
 
-/// What a model gives for each token, without the virtual ones that a prompt put into the text.
-/// Shapes: tensor (batch, time, …); virtual_tokens (batch or 1, time), as in a model's output; undefined:
-/// there are none. (batch, the caller's time, …).
-inline Tensor real_tokens(const Tensor& tensor, const Tensor& virtual_tokens) {
-  if (!virtual_tokens.defined()) return tensor;
-  const auto real = virtual_tokens.logical_not();
-  if (real.size(0) == 1) return tensor.index_select(1, real.squeeze(0).nonzero().squeeze(1));
+/// What a model gives for each token, without the virtual ones that a prompt put into the text, of which
+/// every row has as many. Asks no device for values.
+/// Shapes: tensor (batch, time, …), which belongs to `output`, a model's. (batch, the caller's time, …).
+/// Throws: c10::ValueError for a tensor that has not as many tokens as the output.
+template <class Output>
+Tensor real_tokens(const Tensor& tensor, const Output& output) {
+  const Tensor& is_virtual = output.virtual_tokens;
+  if (!is_virtual.defined()) return tensor;
+  const auto rows = is_virtual.size(0), time = is_virtual.size(1);
+  TORCH_CHECK_VALUE(tensor.dim() > 1 && tensor.size(1) == time && (rows == 1 || tensor.size(0) == rows),
+                    "real_tokens: expected a tensor of the output's tokens, ",
+                    internal::shape_text(is_virtual.sizes()), ", but got ",
+                    internal::shape_text(tensor.sizes()));
+  // The real tokens' places in each row, in their order.
+  const auto places = is_virtual.to(torch::kInt).argsort(/*stable=*/true, /*dim=*/1);
+  const auto real = places.narrow(1, 0, time - output.num_virtual_tokens);
+  if (rows == 1) return tensor.index_select(1, real.squeeze(0));
+  const auto first = torch::arange(0, rows * time, time, real.options()).unsqueeze(1);
   auto shape = tensor.sizes().vec();
-  shape[1] = -1;
-  return tensor.index({real}).view(shape);
+  shape[1] = real.size(1);
+  return tensor.flatten(0, 1).index_select(0, (first + real).flatten()).view(shape);
 }
 
 /// The mean of the hidden states of real tokens: one vector a row. After a prompt, of
-/// `real_tokens(output.last_hidden_state, output.virtual_tokens)`.
+/// `real_tokens(output.last_hidden_state, output)`.
 /// Shapes: hidden (batch, time, width); mask (batch, time), 1 for real tokens, or undefined: all are. (batch,
 /// width).
 inline Tensor mean_pool(const Tensor& hidden, const Tensor& mask) {

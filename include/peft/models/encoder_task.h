@@ -161,8 +161,7 @@ class ForTokenClassificationImpl
     auto output = this->base_model->forward(inputs);
     output.logits = this->classifier->forward(this->dropout->forward(output.last_hidden_state));
     if (inputs.labels.defined()) {
-      output.loss =
-          token_loss(real_tokens(output.logits, output.virtual_tokens), this->repeated(inputs.labels));
+      output.loss = token_loss(real_tokens(output.logits, output), this->repeated(inputs.labels));
     }
     return output;
   }
@@ -190,9 +189,9 @@ class ForQuestionAnsweringImpl
     output.start_logits = logits.select(2, 0);
     output.end_logits = logits.select(2, 1);
     if (asks) {
-      output.loss = span_loss(real_tokens(output.start_logits, output.virtual_tokens),
-                              real_tokens(output.end_logits, output.virtual_tokens),
-                              this->repeated(inputs.start_positions), this->repeated(inputs.end_positions));
+      output.loss =
+          span_loss(real_tokens(output.start_logits, output), real_tokens(output.end_logits, output),
+                    this->repeated(inputs.start_positions), this->repeated(inputs.end_positions));
     }
     return output;
   }
@@ -200,8 +199,8 @@ class ForQuestionAnsweringImpl
 
 /// Finds the words under masks: transformers' `…ForMaskedLM`. Its loss is `token_loss`, on the text's own
 /// tokens. The family's head has `Tensor transform(hidden)`, what the output layer sees, `Linear& decoder()`,
-/// that layer, whose weight is the word vectors where the config ties them, and `aliases()`, for
-/// `Pretrained`.
+/// that layer, whose weight is the word vectors where the config ties them, `has_decoder()`, whether
+/// transformers' head has such a layer, and `aliases()`, for `Pretrained`.
 template <class Family>
 class ForMaskedLMImpl : public EncoderTask<ForMaskedLMImpl<Family>, Family, typename Family::WordHead,
                                            TiedOutput<ForMaskedLMImpl<Family>>> {
@@ -229,8 +228,7 @@ class ForMaskedLMImpl : public EncoderTask<ForMaskedLMImpl<Family>, Family, type
     const auto hidden = this->base_model->embeddings->output->leave(output.last_hidden_state);
     output.logits = TiedOutput<ForMaskedLMImpl>::score(this->transform(hidden));
     if (inputs.labels.defined()) {
-      output.loss =
-          token_loss(real_tokens(output.logits, output.virtual_tokens), this->repeated(inputs.labels));
+      output.loss = token_loss(real_tokens(output.logits, output), this->repeated(inputs.labels));
     }
     return output;
   }
@@ -242,6 +240,14 @@ class ForMaskedLMImpl : public EncoderTask<ForMaskedLMImpl<Family>, Family, type
   }
   std::vector<std::pair<std::string, std::string>> aliases() const override {
     return Family::WordHead::aliases();
+  }
+  ModelDescription describe() const override {
+    auto description = Task::describe();
+    const auto kind = !Family::WordHead::has_decoder()     ? SecondName::Kind::only
+                      : this->config.tie_word_embeddings() ? SecondName::Kind::same
+                                                           : SecondName::Kind::unused;
+    for (const auto& [second, own] : aliases()) description.second_names.push_back({second, own, kind});
+    return description;
   }
   /// Leaves a tied matrix to the words.
   void initialize_head() override {

@@ -81,6 +81,7 @@ class GPT2ModelImpl : public nn::Cloneable<GPT2ModelImpl>, public Pretrained {
     const bool counts = !in.positions.defined();
     embed(in, past - cache.unplaced);
     result.virtual_tokens = in.virtual_tokens;
+    result.num_virtual_tokens = in.num_virtual_tokens;
     const auto bias = peft::internal::attention_bias(in.mask, in.values.scalar_type());
 
     const bool checkpoints = checkpointing_ && is_training() && torch::GradMode::is_enabled();

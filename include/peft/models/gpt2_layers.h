@@ -42,6 +42,7 @@ struct GPT2Output {
   Tensor loss;                        ///< a scalar
   Tensor virtual_tokens;              ///< (batch or 1, time), true for those of a prompt; see `real_tokens`
   KeyValueCache cache;                ///< for the tokens that follow
+  int64_t num_virtual_tokens = 0;     ///< how many `virtual_tokens` a row has
 };
 
 // The parts of the model. Their weights have no values until the model they belong to draws or loads them.

@@ -111,6 +111,7 @@ struct RobertaFamily {
     static constexpr bool with_pooler = false;
     static std::vector<std::string> paths() { return {"lm_head"}; }
     static std::string decoder_path() { return "lm_head.decoder"; }
+    static bool has_decoder() { return true; }
     static std::vector<std::pair<std::string, std::string>> aliases() {
       return {{"lm_head.bias", "lm_head.decoder.bias"}};
     }

@@ -110,6 +110,11 @@ class HubBottleneckFormat final : public HubFormat {
       config.json["output_adapter"] = any(HubRole::output_join);
     }
     for (const auto& entry : inverse) write_inverse(entry, configs, problems);
+    if (!inverse.empty() && places.word_width() != places.width()) {
+      problems.add("'" + inverse.front().site->path() + "' is as wide as the model, " +
+                   std::to_string(places.width()) + ", and AdapterHub's invertible adapters are as the " +
+                   "words' vectors, " + std::to_string(places.word_width()));
+    }
     return configs;
   }
 

@@ -10,7 +10,7 @@
 
 namespace peft::internal {
 
-/// Prompts after the embeddings. Python's GPT-2 takes none.
+/// Prompts after the embeddings. Not every family of Python's takes them.
 class HubPromptFormat final : public HubFormat {
  public:
   std::string title() const override { return "prompt"; }
@@ -30,6 +30,7 @@ class HubPromptFormat final : public HubFormat {
                              .init(PromptInit::uniform)
                              .after_embedding(true)
                              .after_first(combine == "prefix_after_bos");
+    if (!places.family().prompts_differ.empty()) fields.note(places.family().prompts_differ);
     if (!fields.usable()) return {};
     return {{[options](Target target) { return on(options, std::move(target)); },
              places.of({HubRole::embeddings})}};
@@ -38,8 +39,8 @@ class HubPromptFormat final : public HubFormat {
   bool owns(const PieceImpl& piece) const override {
     return dynamic_cast<const PromptImpl*>(&piece) != nullptr;
   }
-  std::vector<HubConfig> write(const Entries& entries, const HubPlaces& places, std::vector<std::string>&,
-                               Problems& problems) const override {
+  std::vector<HubConfig> write(const Entries& entries, const HubPlaces& places,
+                               std::vector<std::string>& notes, Problems& problems) const override {
     auto json = defaults();
     for (const auto& entry : entries) {
       const auto* place = places.of(*entry.site);
@@ -50,8 +51,18 @@ class HubPromptFormat final : public HubFormat {
       }
     }
     if (!places.family().has_prompts) {
-      problems.add("AdapterHub's '" + std::string(places.family().model_type) + "' takes no prompts");
+      problems.add("AdapterHub's '" + places.family().model_type + "' takes no prompts");
     }
+    if (places.word_width() != places.width()) {
+      problems.add("AdapterHub's prompts are as wide as the words' vectors, " +
+                   std::to_string(places.word_width()) + ", and this model's after them, " +
+                   std::to_string(places.width()));
+    }
+    if (!places.of({HubRole::convolution}).empty()) {
+      problems.add("AdapterHub's '" + places.family().model_type +
+                   "' takes no prompts where it has a convolution");
+    }
+    if (!places.family().prompts_differ.empty()) notes.push_back(places.family().prompts_differ);
     const auto& options = prompt_of(entries.front()).options;
     json["prompt_length"] = options.num_virtual_tokens();
     json["combine"] = options.after_first() ? "prefix_after_bos" : "prefix";
