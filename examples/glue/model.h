@@ -36,6 +36,7 @@ class GlueModel {
   /// Throws: what `peft::models::load` throws.
   GlueModel(const fs::path& folder, const Recipe& recipe, std::int64_t labels)
       : model_(open(folder, recipe.dropout, labels)), heads_(model_.encoder().head()) {
+    if (recipe.pooler) add_pooler();
     const bool bound = bind<peft::models::BertFamily>() || bind<peft::models::RobertaFamily>() ||
                        bind<peft::models::DebertaV2Family>();
     TORCH_CHECK(bound, model_.encoder().architecture(), " is no classifier that this program knows");
@@ -77,17 +78,13 @@ class GlueModel {
   bool has_pooled_head() const { return false; }
   void train(bool on) const { model_.train(on); }
 
-  /// What the head sees of each text: of the last states the first, and the pooler's output where there is
-  /// one. The encoder's part of `logits`.
-  peft::models::EncoderOutput features(const peft::models::EncoderInputs& inputs) const {
-    const auto output = encode_(inputs);
-    peft::models::EncoderOutput result;
-    result.last_hidden_state = output.last_hidden_state.narrow(1, 0, 1);
-    result.pooler_output = output.pooler_output;
-    return result;
+  /// What the head and the pooler below it see of each text: the first of the last states.
+  /// Shapes: (batch, 1, hidden).
+  Tensor features(const peft::models::EncoderInputs& inputs) const {
+    return encode_(inputs).last_hidden_state.narrow(1, 0, 1);
   }
-  /// Shapes: (batch, labels).
-  Tensor logits(const peft::models::EncoderOutput& features) const { return score_(features); }
+  /// Shapes: features as `features` gives them; (batch, labels).
+  Tensor logits(const Tensor& features) const { return score_(features); }
   Tensor logits(const peft::models::EncoderInputs& inputs) const { return model_.forward(inputs).logits; }
   peft::models::EncoderOutput encode(const peft::models::EncoderInputs& inputs) const {
     return encode_(inputs);
@@ -130,11 +127,25 @@ class GlueModel {
     encode_ = [classifier](const peft::models::EncoderInputs& inputs) {
       return classifier->base_model->forward(inputs);
     };
-    score_ = [classifier](const peft::models::EncoderOutput& output) { return classifier->score(output); };
+    score_ = [classifier](const Tensor& features) {
+      peft::models::EncoderOutput output;
+      output.last_hidden_state = features;
+      if constexpr (Family::TextHead::with_pooler)
+        output.pooler_output = classifier->base_model->pooler->forward(features);
+      return classifier->score(output);
+    };
     loss_ = [classifier](const Tensor& logits, const Tensor& labels) {
       return Family::text_loss(logits, labels, classifier->config.problem_type());
     };
     return true;
+  }
+
+  /// The pooler of an encoder that has one is the first part of the head.
+  void add_pooler() {
+    const std::string name = "pooler.dense";
+    for (const auto& item : (*model_).named_modules()) {
+      if (item.key().ends_with("." + name)) heads_.insert(heads_.begin(), item.key());
+    }
   }
 
   /// Sets the dropout before the head's last layer, which the recipe's `dropout` sets alike with all others.
@@ -158,7 +169,7 @@ class GlueModel {
   peft::models::AnyEncoder model_;
   std::vector<std::string> heads_;
   std::function<peft::models::EncoderOutput(const peft::models::EncoderInputs&)> encode_;
-  std::function<Tensor(const peft::models::EncoderOutput&)> score_;
+  std::function<Tensor(const Tensor&)> score_;
   std::function<Tensor(const Tensor&, const Tensor&)> loss_;
   std::optional<peft::Adapter> adapter_;
 };
@@ -171,33 +182,24 @@ class FeatureTable {
     constexpr std::size_t at_once = 64;
     const auto order = order_by_length(rows);
     std::vector<std::int64_t> where(order.begin(), order.end());
-    std::vector<Tensor> states, pooled;
+    std::vector<Tensor> states;
     for (std::size_t begin = 0; begin < order.size(); begin += at_once) {
       std::vector<const finetune::Example*> part;
       for (auto i = begin; i < std::min(order.size(), begin + at_once); ++i)
         part.push_back(&rows.examples[order[i]]);
-      const auto features = model.features(finetune::internal::pad(part, pad_id).inputs);
-      states.push_back(features.last_hidden_state);
-      if (features.pooler_output.defined()) pooled.push_back(features.pooler_output);
+      states.push_back(model.features(finetune::internal::pad(part, pad_id).inputs));
     }
-    const auto in_file_order = [&](const std::vector<Tensor>& parts) {
-      const auto all = torch::cat(parts);
-      return torch::empty_like(all).index_copy_(0, torch::tensor(where, torch::kLong), all);
-    };
-    states_ = in_file_order(states);
-    if (!pooled.empty()) pooled_ = in_file_order(pooled);
+    const auto all = torch::cat(states);
+    states_ = torch::empty_like(all).index_copy_(0, torch::tensor(where, torch::kLong), all);
   }
 
-  peft::models::EncoderOutput rows(const std::vector<std::int64_t>& which) const {
-    const auto index = torch::tensor(which, torch::kLong);
-    peft::models::EncoderOutput output;
-    output.last_hidden_state = states_.index_select(0, index);
-    if (pooled_.defined()) output.pooler_output = pooled_.index_select(0, index);
-    return output;
+  /// Shapes: (rows, 1, hidden).
+  Tensor rows(const std::vector<std::int64_t>& which) const {
+    return states_.index_select(0, torch::tensor(which, torch::kLong));
   }
 
  private:
-  Tensor states_, pooled_;
+  Tensor states_;  ///< in the file's order
 };
 
 }  // namespace glue

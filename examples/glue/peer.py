@@ -91,10 +91,10 @@ def cache(prefix):
         batch = batch_of(prefix, rows[begin:end])
         batch.pop("labels")
         with torch.no_grad():
-            pooled = model.base_model(**batch).pooler_output
+            first = model.base_model(**batch).last_hidden_state[:, :1]
         if result is None:
-            result = pooled.new_empty(len(rows), pooled.shape[1])
-        result[rows[begin:end]] = pooled
+            result = first.new_empty(len(rows), *first.shape[1:])
+        result[rows[begin:end]] = first
     features[prefix] = result
 
 
@@ -102,7 +102,7 @@ def forward(prefix, rows):
     """(loss with the method's penalty, logits, labels)"""
     if prefix in features:
         labels = data[prefix + "labels"][rows]
-        out = model.classifier(features[prefix][rows])
+        out = model.classifier(model.base_model.pooler(features[prefix][rows]))
         return task_loss(out, labels), out, labels
     batch = batch_of(prefix, rows)
     out = model(**batch)

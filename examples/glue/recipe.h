@@ -30,6 +30,7 @@ struct Recipe {
   double weight_decay = 0, clip = 1;
   std::optional<double> dropout = 0.0;  ///< of the base; absent: as its config says
   std::optional<double> head_dropout;   ///< absent: as `dropout`
+  bool pooler = false;                  ///< of a BERT, trains with the classifier, as part of the head
   std::string schedule = "linear";
 
   nlohmann::ordered_json to_json() const {
@@ -46,6 +47,7 @@ struct Recipe {
             {"clip", clip},
             {"dropout", number(dropout)},
             {"head_dropout", number(head_dropout)},
+            {"pooler", pooler},
             {"schedule", schedule}};
   }
 };
@@ -63,6 +65,7 @@ inline const std::vector<std::pair<std::string, Recipe>>& default_recipes() {
     result.rate = rate;
     result.weight_decay = 0.01;
     result.warmup = 0.06;
+    result.pooler = true;  // a sentence encoder's has not been trained
     return result;
   };
   static const std::vector<std::pair<std::string, Recipe>> recipes{
