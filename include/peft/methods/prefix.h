@@ -185,7 +185,7 @@ class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOpt
     } else if (in.positions.defined()) {
       in.positions = in.positions + V;
     } else if (in.past == 0) {  // later the model counts on from the cache, which holds the prefix
-      const auto first = V + (padding ? *padding + 1 : 0);
+      const auto first = V + padding.value_or(-1) + 1;
       const auto ids = torch::TensorOptions(torch::kLong).device(in.values.device());
       in.positions = torch::arange(first, first + in.values.size(1), ids).unsqueeze(0);
     }
