@@ -39,6 +39,8 @@ class ChildSignals {
     child_ = child;
     if (asked_ != 0) kill(child, asked_);
   }
+  /// The SIGTERM that came, or 0.
+  static int asked() { return asked_; }
   /// In the child: as before.
   void restore() const {
     std::signal(SIGINT, interrupt_);
@@ -105,8 +107,9 @@ inline std::string in_child(const std::function<std::string()>& work,
   }
   close(ends[0]);
   const int status = wait_for(child);
+  // Asked between the child's last act and its end, it knew nothing of it.
+  check_stopped(ChildSignals::asked() != 0 ? 128 + ChildSignals::asked() : status, name);
   if (status == 0) return text;
-  check_stopped(status, name);
   if (status > 128) {
     throw std::runtime_error(fmt::format("{}: its process was killed by signal {}{}", name, status - 128,
                                          status == 128 + SIGKILL ? " (hint: out of memory?)" : ""));

@@ -15,13 +15,12 @@
 #include <utility>
 #include <vector>
 
+#include "adapter_form.h"
 #include "fusion_folder.h"
 #include "method.h"
 #include "peft/core/adapter.h"
 #include "peft/io/adapterhub.h"
-#include "peft/io/adapterhub_formats.h"
 #include "peft/io/peft_directory.h"
-#include "peft/io/peft_formats.h"
 #include "peft/io/safetensors.h"
 #include "peft/model/add_adapter.h"
 #include "peft/models/bert.h"
@@ -394,12 +393,6 @@ class Task {
   void train_classifier() {
     head_adapter_ = peft::add_adapter(*model(), peft::ReplaceOptions(), peft::named({"classifier"}),
                                       internal::fusion_head);
-  }
-  /// Methods that Hugging Face PEFT does not have are written as AdapterHub does.
-  static bool in_adapterhub_form(const peft::Adapter& adapter) {
-    return std::any_of(adapter.entries().begin(), adapter.entries().end(), [](const auto& entry) {
-      return !peft::internal::format_of(*entry.piece) && peft::internal::hub_format_of(*entry.piece);
-    });
   }
   void make_head() { head_ = std::make_shared<internal::PooledHead>(config().hidden_size(), label_count_); }
   void train_head() {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "data.h"
+#include "finetune/adapter_form.h"
 #include "finetune/batches.h"
 #include "finetune/family_targets.h"
 #include "finetune/method.h"
@@ -94,11 +95,7 @@ class GlueModel {
 
   /// Writes the adapter with its head, and settings, into a folder that exists.
   void save(const fs::path& folder, const nlohmann::ordered_json& settings) const {
-    const auto& entries = adapter_->entries();
-    const bool adapterhub = std::any_of(entries.begin(), entries.end(), [](const auto& entry) {
-      return !peft::internal::format_of(*entry.piece) && peft::internal::hub_format_of(*entry.piece);
-    });
-    if (adapterhub) {
+    if (finetune::in_adapterhub_form(*adapter_)) {
       peft::save_adapterhub(*model_, adapter_name, folder);
     } else {
       peft::save_adapter(*adapter_, folder);
@@ -142,9 +139,8 @@ class GlueModel {
 
   /// The pooler of an encoder that has one is the first part of the head.
   void add_pooler() {
-    const std::string name = "pooler.dense";
     for (const auto& item : (*model_).named_modules()) {
-      if (item.key().ends_with("." + name)) heads_.insert(heads_.begin(), item.key());
+      if (item.key().ends_with(".pooler.dense")) heads_.insert(heads_.begin(), item.key());
     }
   }
 

@@ -16,11 +16,10 @@
 #include "bench/device.h"
 #include "bench/measure.h"
 #include "bench/session.h"
+#include "finetune/adapter_form.h"
 #include "peft/io/adapterhub.h"
-#include "peft/io/adapterhub_formats.h"
 #include "peft/io/adapterhub_fusion.h"
 #include "peft/io/peft_directory.h"
-#include "peft/io/peft_formats.h"
 #include "peft/train/optimizer.h"
 #include "survey/attach.h"
 #include "survey/change.h"
@@ -75,18 +74,14 @@ inline std::vector<std::string> operations(const std::function<void()>& work) {
   return names;
 }
 
-/// Methods that Hugging Face PEFT does not have are written as AdapterHub does. Returns the size of the
-/// files.
+/// The size of an adapter's files.
 inline int64_t saved_bytes(const SurveyModel& model, const finetune::Method& method,
                            const peft::Adapter& adapter) {
   const bench::ScratchFolder scratch;
   const auto folder = scratch.path() / "adapter";
-  const bool hub = std::any_of(adapter.entries().begin(), adapter.entries().end(), [](const auto& entry) {
-    return !peft::internal::format_of(*entry.piece) && peft::internal::hub_format_of(*entry.piece);
-  });
   if (method.fusion) {
     peft::save_adapterhub_fusion(model.module(), adapter.name(), folder);
-  } else if (hub) {
+  } else if (finetune::in_adapterhub_form(adapter)) {
     peft::save_adapterhub(model.module(), adapter.name(), folder);
   } else {
     peft::save_adapter(adapter, folder);

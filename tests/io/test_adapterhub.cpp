@@ -121,21 +121,7 @@ struct Family {
         auto config = peft_test::tiny_roberta();
         return peft::models::RobertaForSequenceClassification(config.model_type(model_type));
       }
-      auto config = peft::models::DebertaV2Config()
-                        .vocab_size(20)
-                        .hidden_size(8)
-                        .num_hidden_layers(2)
-                        .num_attention_heads(2)
-                        .intermediate_size(12)
-                        .max_position_embeddings(12)
-                        .layer_norm_eps(1e-6)
-                        .num_labels(3)
-                        .relative_attention(true)
-                        .pos_att_type({"p2c", "c2p"})
-                        .position_buckets(4)
-                        .share_att_key(true)
-                        .norm_rel_ebd("layer_norm")
-                        .position_biased_input(false);
+      auto config = peft_test::tiny_deberta_v3();
       if (change) change(config);
       return peft::models::DebertaV2ForSequenceClassification(config);
     }();

@@ -47,23 +47,14 @@ Head roberta(bool tied) {
   return head<RobertaForMaskedLM>(peft_test::tiny_roberta().tie_word_embeddings(tied), "query", "lm_head",
                                   "lm_head");
 }
-DebertaV2Config sizes() {
-  return DebertaV2Config()
-      .vocab_size(20)
-      .hidden_size(8)
-      .num_hidden_layers(2)
-      .num_attention_heads(2)
-      .intermediate_size(12)
-      .max_position_embeddings(12);
-}
 Head deberta(bool tied) {
-  return head<DebertaV2ForMaskedLM>(sizes().tie_word_embeddings(tied), "query_proj", "cls",
-                                    "cls.predictions");
+  return head<DebertaV2ForMaskedLM>(peft_test::tiny_deberta_v2().tie_word_embeddings(tied), "query_proj",
+                                    "cls", "cls.predictions");
 }
 /// Whose output layer is no module in transformers.
 Head new_deberta() {
-  return head<DebertaV2ForMaskedLM>(sizes().legacy(false), "query_proj", "lm_predictions",
-                                    "lm_predictions.lm_head");
+  return head<DebertaV2ForMaskedLM>(peft_test::tiny_deberta_v2().legacy(false), "query_proj",
+                                    "lm_predictions", "lm_predictions.lm_head");
 }
 
 /// A LoRA with more beside it, moved at random and written. Returns what was said.

@@ -1,6 +1,7 @@
 #include "catch.h"
 #include "io/temporary_folder.h"
 #include "models/pretrained_folder.h"
+#include "models/tiny_encoder.h"
 #include "peft/io/peft_directory.h"
 #include "peft/io/peft_formats.h"
 #include "peft/methods/bottleneck.h"
@@ -23,38 +24,19 @@ using peft_test::Json;
 using peft_test::noting;
 using peft_test::TemporaryFolder;
 using peft_test::tensors_of;
+using peft_test::tiny_deberta_v2;
+using peft_test::tiny_deberta_v3;
 using peft_test::write_pretrained;
 using torch::Tensor;
 
 namespace {
 
-DebertaV2Config sizes() {
-  return DebertaV2Config()
-      .vocab_size(20)
-      .hidden_size(8)
-      .num_hidden_layers(2)
-      .num_attention_heads(2)
-      .intermediate_size(12)
-      .max_position_embeddings(12)
-      .layer_norm_eps(1e-6)
-      .num_labels(3)
-      .relative_attention(true)
-      .pos_att_type({"p2c", "c2p"});
-}
-
-/// As version 3 is.
-DebertaV2Config third() {
-  return sizes()
-      .position_buckets(4)
-      .share_att_key(true)
-      .norm_rel_ebd("layer_norm")
-      .position_biased_input(false)
-      .legacy(false);
-}
+/// As version 3 is, and its files.
+DebertaV2Config third() { return tiny_deberta_v3().legacy(false); }
 
 /// With all that version 3 does not have.
 DebertaV2Config second() {
-  return sizes()
+  return tiny_deberta_v2()
       .embedding_size(6)
       .type_vocab_size(2)
       .conv_kernel_size(3)
@@ -284,7 +266,7 @@ TEST_CASE("Distances have the vectors transformers gives them", "[deberta]") {
   CHECK(rows(third().position_buckets(8).max_position_embeddings(32), 12) ==
         std::vector<int64_t>{2, 2, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 13, 13, 14, 14, 14, 14});
   CHECK(rows(second(), 6) == std::vector<int64_t>{0, 0, 0, 1, 2, 3, 4, 5, 5, 5, 5});
-  CHECK(rows(sizes(), 3) == std::vector<int64_t>{10, 11, 12, 13, 14});
+  CHECK(rows(tiny_deberta_v2(), 3) == std::vector<int64_t>{10, 11, 12, 13, 14});
   CHECK(rows(third(), 1) == std::vector<int64_t>{4});
 }
 

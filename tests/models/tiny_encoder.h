@@ -2,12 +2,14 @@
 #pragma once
 
 #include "models/tiny_bert.h"
+#include "peft/models/deberta_v2_config.h"
 #include "peft/models/roberta.h"
 
 #include <string>
 
 namespace peft_test {
 
+using peft::models::DebertaV2Config;
 using peft::models::RobertaConfig;
 
 inline BertConfig tiny_roberta() {
@@ -21,6 +23,29 @@ inline BertConfig tiny_roberta() {
       .type_vocab_size(1)
       .layer_norm_eps(1e-5)
       .num_labels(3);
+}
+
+inline DebertaV2Config tiny_deberta_v2() {
+  return DebertaV2Config()
+      .vocab_size(20)
+      .hidden_size(8)
+      .num_hidden_layers(2)
+      .num_attention_heads(2)
+      .intermediate_size(12)
+      .max_position_embeddings(12)
+      .layer_norm_eps(1e-6)
+      .num_labels(3)
+      .relative_attention(true)
+      .pos_att_type({"p2c", "c2p"});
+}
+
+/// As version 3 is.
+inline DebertaV2Config tiny_deberta_v3() {
+  return tiny_deberta_v2()
+      .position_buckets(4)
+      .share_att_key(true)
+      .norm_rel_ebd("layer_norm")
+      .position_biased_input(false);
 }
 
 /// What the formula of tests/reference/encoder_values.py gives a parameter of this name.

@@ -65,21 +65,16 @@ class Adapter {
   /// Every tensor of the adapter, frozen ones and buffers too.
   std::vector<std::pair<std::string, Tensor>> named_tensors() const {
     std::vector<std::pair<std::string, Tensor>> named;
-    const SiteImpl* last = nullptr;
-    for (const auto& entry : entries()) {
+    const auto add = [&named](const Entry& entry, const std::string& method, const nn::Module& module) {
       const auto& path = entry.site->path();
-      const auto add = [&](const std::string& method, const nn::Module& module) {
-        const auto prefix = (path.empty() ? "" : path + ".") + method + ".";
-        for (const auto& item : module.named_parameters())
-          named.emplace_back(prefix + item.key(), item.value());
-        for (const auto& item : module.named_buffers()) named.emplace_back(prefix + item.key(), item.value());
-      };
-      if (entry.site.get() != last) {
-        for (const auto& [method, shared] : entry.site->shared(name())) add("shared." + method, *shared);
-      }
-      last = entry.site.get();
-      add(entry.piece->method(), *entry.piece);
-    }
+      const auto prefix = (path.empty() ? "" : path + ".") + method + ".";
+      for (const auto& item : module.named_parameters())
+        named.emplace_back(prefix + item.key(), item.value());
+      for (const auto& item : module.named_buffers()) named.emplace_back(prefix + item.key(), item.value());
+    };
+    each_part([&](const Entry& entry, const std::string& method,
+                  const SharedImpl& shared) { add(entry, "shared." + method, shared); },
+              [&](const Entry& entry) { add(entry, entry.piece->method(), *entry.piece); });
     return named;
   }
 
@@ -87,14 +82,9 @@ class Adapter {
   /// among the `parameters()` (`PieceImpl::trainable`).
   int64_t count() const {
     int64_t total = 0;
-    const SiteImpl* last = nullptr;
-    for (const auto& entry : entries()) {
-      if (entry.site.get() != last) {
-        for (const auto& [method, shared] : entry.site->shared(name())) total += internal::trainable(*shared);
-      }
-      last = entry.site.get();
-      total += entry.piece->trainable();
-    }
+    each_part([&](const Entry&, const std::string&,
+                  const SharedImpl& shared) { total += internal::trainable(shared); },
+              [&](const Entry& entry) { total += entry.piece->trainable(); });
     return total;
   }
 
@@ -177,6 +167,20 @@ class Adapter {
   }
 
  private:
+  /// Visits what the adapter has at its sites, in the model's order: of each the shared parts, then the
+  /// pieces.
+  template <class OfShared, class OfPiece>
+  void each_part(const OfShared& of_shared, const OfPiece& of_piece) const {
+    const SiteImpl* last = nullptr;
+    for (const auto& entry : entries()) {
+      if (entry.site.get() != last) {
+        for (const auto& [method, shared] : entry.site->shared(name())) of_shared(entry, method, *shared);
+      }
+      last = entry.site.get();
+      of_piece(entry);
+    }
+  }
+
   struct State {
     std::shared_ptr<AdapterRecord> record;
     std::vector<Entry> entries;

@@ -104,6 +104,16 @@ struct FileNames {
   std::string weight = "weight", bias = "bias";  ///< the site's own tensors
 };
 
+namespace internal {
+
+/// The path of the module that holds a module or a tensor; empty: of none.
+inline std::string module_above(const std::string& path) {
+  const auto dot = path.rfind('.');
+  return dot == std::string::npos ? "" : path.substr(0, dot);
+}
+
+}  // namespace internal
+
 /// What a method may know of the layer it will sit on. Shapes of low-rank factors follow from it, for every
 /// kind of layer: A (rank, *fan_in), B (fan_out, rank / groups, *ones), where `ones` has the length of fan_in
 /// minus one.
@@ -141,9 +151,7 @@ struct SiteInfo {
 
   /// What names in options and configs are compared with: the path, or that of the module above of a part.
   std::string target() const {
-    if (files.kind != FileNames::Kind::part) return path;
-    const auto dot = path.rfind('.');
-    return dot == std::string::npos ? "" : path.substr(0, dot);
+    return files.kind == FileNames::Kind::part ? internal::module_above(path) : path;
   }
   bool has_bias() const { return !bias_shape.empty(); }
   bool offers_to(const AnyOf& needs) const {

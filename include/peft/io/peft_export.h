@@ -77,10 +77,9 @@ class PeftExporter {
   bool has_second(const SecondName& names) const {
     if (config_.own) return false;
     const auto site = module_above(names.own);
-    const auto here = [&site](const Entry& entry) { return path(entry) == site; };
-    const bool biased = std::any_of(biases_.begin(), biases_.end(), here);
+    const bool biased = stands_at(site, biases_);
     if (biased && config_.bias == BiasMode::all) return true;
-    return (biased || std::any_of(saved_.begin(), saved_.end(), here)) && saves_above(names);
+    return (biased || stands_at(site, saved_)) && saves_above(names);
   }
 
  private:
@@ -91,6 +90,11 @@ class PeftExporter {
     std::vector<std::string> found;
     for (const auto& entry : entries) found.push_back(path(entry));
     return found;
+  }
+
+  static bool stands_at(const std::string& site, const Entries& entries) {
+    return std::any_of(entries.begin(), entries.end(),
+                       [&site](const Entry& entry) { return path(entry) == site; });
   }
 
   /// What Python's targets name: the module above, of a part of one.
@@ -281,7 +285,7 @@ class PeftExporter {
       const bool plain = origin.pattern.empty() && origin.exclude.empty() && origin.layers.empty();
       const auto info = entry.site->info();
       const bool in_module = info.files.kind != FileNames::Kind::layer;
-      if (in_module && !(plain && lies_under(path(entry).substr(0, path(entry).rfind('.')), origin.names))) {
+      if (in_module && !(plain && lies_under(module_above(path(entry)), origin.names))) {
         own("'" + path(entry) + "' is a part of a module, which Python saves whole");
       }
       if (plain && lies_under(path(entry), origin.names)) {
@@ -339,9 +343,7 @@ class PeftExporter {
   void check_matrices() {
     for (const auto& names : adapter_.record().model.second_names) {
       const auto site = module_above(names.own);
-      if (names.kind != SecondName::Kind::only) continue;
-      if (std::any_of(saved_.begin(), saved_.end(),
-                      [&](const Entry& entry) { return path(entry) == site; })) {
+      if (names.kind == SecondName::Kind::only && stands_at(site, saved_)) {
         own("'" + site + "' has a matrix of its own, where Python's head has that of the words");
       }
     }

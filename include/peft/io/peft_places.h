@@ -17,12 +17,6 @@ inline bool has_own_bias(const SiteInfo& info) {
   return info.has_bias() && info.files.kind != FileNames::Kind::parameter && info.files.bias == "bias";
 }
 
-/// The path of the module that holds one, or a tensor.
-inline std::string module_above(const std::string& path) {
-  const auto dot = path.rfind('.');
-  return dot == std::string::npos ? "" : path.substr(0, dot);
-}
-
 /// Keys of one adapter's tensors. A layer that a method adapts lies one level down in Python, as
 /// `base_layer`; of the parameters of one module each adds a level, the first one registered the innermost.
 class PeftPlaces {

@@ -85,14 +85,10 @@ inline std::vector<HeadLayer> head_layers(nn::Module& model, const std::vector<C
       layers.push_back({attention, {}, {}});
   }
   if (layers.empty()) problems.add("this model has no attention sites (hint: peft::Attention)");
-  const auto parent = [](const std::string& path) {
-    const auto dot = path.rfind('.');
-    return dot == std::string::npos ? std::string() : path.substr(0, dot);
-  };
   for (const auto& piece : pieces) {
     const auto& site = piece.piece->site();
     const auto beside = [&](const HeadLayer& layer) {
-      return parent(layer.attention->path()) == parent(site.path);
+      return module_above(layer.attention->path()) == module_above(site.path);
     };
     const auto found = std::find_if(layers.begin(), layers.end(), beside);
     const auto outputs = site.weight_shape.at(site.fan_in_fan_out ? 1 : 0);

@@ -151,7 +151,6 @@ inline Target top_layers(int64_t k, bool final_norm = true, const std::string& s
       TORCH_CHECK_VALUE(k <= found.blocks, "top_layers: k must be at most the ", found.blocks, " blocks of '",
                         path, "', but got ", k);
     }
-    const auto parent = [](const std::string& path) { return path.substr(0, path.rfind('.') + 1); };
     std::set<std::string> paths;
     for (size_t i = 0; i < sites.size(); ++i) {
       const auto place = place_of(sites[i]);
@@ -159,7 +158,8 @@ inline Target top_layers(int64_t k, bool final_norm = true, const std::string& s
       if (place || !final_norm || !sites[i].fan_in.empty() || sites[i].bare || sites[i].beside_blocks)
         continue;
       for (const auto& [path, found] : stacks) {
-        if (i > found.last && parent(sites[i].path) == parent(path)) paths.insert(sites[i].path);
+        const bool beside = internal::module_above(sites[i].path) == internal::module_above(path);
+        if (i > found.last && beside) paths.insert(sites[i].path);
       }
     }
     return [paths](const SiteInfo& site) { return paths.count(site.path) > 0; };

@@ -273,8 +273,10 @@ class DebertaV2EncoderImpl : public nn::Cloneable<DebertaV2EncoderImpl> {
     const auto time = x.size(1);
     const auto rows = peft::internal::rows_of_distances(config, time);
     auto first = rows[0].item<int64_t>(), last = rows[-1].item<int64_t>();
-    for (size_t i = 0; i < layer->size(); ++i) {
-      if (!layer->ptr(i)->as<DebertaV2Layer>()->attention->self->mixes_positions()) continue;
+    const bool all = std::any_of(layer->begin(), layer->end(), [](const auto& block) {
+      return block->template as<DebertaV2Layer>()->attention->self->mixes_positions();
+    });
+    if (all) {
       first = 0;
       last = 2 * config.position_span() - 1;
     }
