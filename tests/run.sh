@@ -46,7 +46,7 @@ build=$peft_root/build/tests${libtorch:+-$libtorch}
 peft_configure "$build" -DCMAKE_BUILD_TYPE=Tests -DCMAKE_CXX_FLAGS_TESTS=-O0 -DPEFT_BUNDLE_TESTS=ON \
   ${PEFT_CMAKE_OPTIONS:-}
 peft_say "building the tests and examples in ${build#"$peft_root"/}"
-cmake --build "$build" -j "$(peft_jobs 4)" --target "${targets[@]}"
+cmake --build "$build" -j "$(peft_jobs 7)" --target "${targets[@]}"
 peft_say "running the tests ($labels)"
 ctest --test-dir "$build" -j "$(peft_jobs)" -L "$labels" --output-on-failure "$@"
 peft_say "done"

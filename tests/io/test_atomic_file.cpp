@@ -1,7 +1,7 @@
 #include "catch.h"
+#include "io/temporary_folder.h"
 #include "peft/io/atomic_file.h"
 #include "peft/io/staged_directory.h"
-#include "temporary_folder.h"
 
 #include <string>
 #include <string_view>

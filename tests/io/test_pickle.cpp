@@ -1,7 +1,7 @@
 #include "catch.h"
+#include "io/pickle_values.h"
+#include "io/temporary_folder.h"
 #include "peft/io/pickle.h"
-#include "pickle_values.h"
-#include "temporary_folder.h"
 
 #include <torch/torch.h>
 

@@ -1,6 +1,6 @@
 #include "catch.h"
+#include "io/temporary_folder.h"
 #include "peft/io/safetensors.h"
-#include "temporary_folder.h"
 
 #include <torch/torch.h>
 

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "methods/reference_case.h"
 #include "peft/methods/bottleneck.h"
-#include "reference_case.h"
 
 namespace suite {
 

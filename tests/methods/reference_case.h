@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "adapter_files.h"
 #include "io/temporary_folder.h"
+#include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 #include "property_suite.h"
 
 namespace suite {
@@ -133,8 +134,8 @@ nlohmann::json check_files(const Options& options) {
   const auto adapter = peft::add_adapter(*model, options, peft::named({"fc", "out"}));
   shake(adapter);
   const peft_test::TemporaryFolder folder;
-  suite::save_adapter(adapter, folder / "first");
-  const auto loaded = suite::load_adapter(*other, folder / "first");
+  peft::save_adapter(adapter, folder / "first");
+  const auto loaded = peft::load_adapter(*other, folder / "first");
   const auto given = adapter.named_tensors(), read = loaded.named_tensors();
   REQUIRE(given.size() == read.size());
   for (size_t i = 0; i < given.size(); ++i) {
@@ -146,7 +147,7 @@ nlohmann::json check_files(const Options& options) {
   other->eval();
   const auto x = torch::randn({3, 6});
   CHECK(torch::equal(model->forward(x), other->forward(x)));
-  suite::save_adapter(loaded, folder / "second");
+  peft::save_adapter(loaded, folder / "second");
   CHECK(config(folder / "first") == config(folder / "second"));
   return config(folder / "first");
 }

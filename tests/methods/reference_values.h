@@ -6,9 +6,10 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
-#include "adapter_files.h"
 #include "io/temporary_folder.h"
 #include "methods/reference_case.h"
+#include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 
 namespace suite {
 
@@ -37,8 +38,8 @@ inline Tensor twelve_steps(const peft::Adapter& adapter, const std::function<Ten
 /// Writes an adapter, reads it into another model and returns the config between them.
 inline nlohmann::json through_files(const peft::Adapter& adapter, nn::Module& other) {
   const peft_test::TemporaryFolder folder;
-  suite::save_adapter(adapter, folder / "adapter");
-  suite::load_adapter(other, folder / "adapter");
+  peft::save_adapter(adapter, folder / "adapter");
+  peft::load_adapter(other, folder / "adapter");
   return nlohmann::json::parse(std::ifstream(folder / "adapter" / "adapter_config.json"));
 }
 
@@ -46,12 +47,12 @@ inline nlohmann::json through_files(const peft::Adapter& adapter, nn::Module& ot
 inline void load_changed(const peft::Adapter& adapter, nn::Module& other,
                          const std::function<void(nlohmann::json&)>& change) {
   const peft_test::TemporaryFolder folder;
-  suite::save_adapter(adapter, folder / "adapter");
+  peft::save_adapter(adapter, folder / "adapter");
   const auto path = folder / "adapter" / "adapter_config.json";
   auto config = nlohmann::json::parse(std::ifstream(path));
   change(config);
   std::ofstream(path) << config;
-  suite::load_adapter(other, folder / "adapter");
+  peft::load_adapter(other, folder / "adapter");
 }
 
 }  // namespace suite

@@ -1,9 +1,9 @@
 // Reference values: tests/reference/adalora_values.py, and the trace of the specification.
 #include <filesystem>
 
+#include "methods/reference_case.h"
 #include "peft/methods/adalora.h"
 #include "peft/train/checkpoint.h"
-#include "reference_case.h"
 
 using namespace suite;
 using peft::AdaLoraOptions;

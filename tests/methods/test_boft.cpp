@@ -1,5 +1,5 @@
+#include "methods/reference_case.h"
 #include "peft/methods/boft.h"
-#include "reference_case.h"
 
 using namespace suite;
 using peft::BoftOptions;

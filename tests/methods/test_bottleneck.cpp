@@ -1,7 +1,7 @@
 #include <cmath>
 
-#include "bottleneck_values.h"
-#include "fast_case.h"
+#include "methods/bottleneck_values.h"
+#include "methods/fast_case.h"
 #include "models/tiny_bert.h"
 #include "peft/core/conv1d.h"
 #include "peft/kernels/bottleneck_node.h"

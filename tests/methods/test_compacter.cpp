@@ -1,4 +1,4 @@
-#include "bottleneck_values.h"
+#include "methods/bottleneck_values.h"
 #include "models/tiny_bert.h"
 #include "peft/methods/compacter.h"
 #include "property_suite.h"

@@ -1,11 +1,11 @@
 #include <ATen/record_function.h>
 
-#include "fast_case.h"
+#include "methods/fast_case.h"
+#include "methods/reference_case.h"
 #include "peft/core/conv1d.h"
 #include "peft/methods/dora.h"
 #include "peft/methods/ia3.h"
 #include "peft/model/reparametrized.h"
-#include "reference_case.h"
 
 using namespace suite;
 using peft::DoraOptions;

@@ -1,7 +1,8 @@
 #include <peft/methods/ia3.h>
 
-#include "adapter_files.h"
 #include "methods/reference_values.h"
+#include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 
 using namespace suite;
 using peft::Ia3Impl;
@@ -283,11 +284,11 @@ TEST_CASE("(IA)³ names what is wrong in a file", "[ia3]") {
   const auto load = [](const std::string& feedforward) {
     const peft_test::TemporaryFolder folder;
     Net net;
-    suite::save_adapter(peft::add_adapter(*net, Ia3Options(), peft::named({"conv", "down"})), folder / "a");
+    peft::save_adapter(peft::add_adapter(*net, Ia3Options(), peft::named({"conv", "down"})), folder / "a");
     auto config = nlohmann::json::parse(std::ifstream(folder / "a" / "adapter_config.json"));
     config["feedforward_modules"] = nlohmann::json::parse(feedforward);
     std::ofstream(folder / "a" / "adapter_config.json") << config;
-    suite::load_adapter(*Net(), folder / "a");
+    peft::load_adapter(*Net(), folder / "a");
   };
   CHECK_THROWS_WITH(load("null"), Contains("'feedforward_modules' must be given for a base of this kind"));
   CHECK_THROWS_WITH(load(R"(["up"])"), Contains("must name some of 'target_modules', but got [\"up\"]"));

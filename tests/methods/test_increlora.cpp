@@ -3,8 +3,9 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "adapter_files.h"
 #include "io/temporary_folder.h"
+#include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 #include "peft/methods/increlora.h"
 #include "property_suite.h"
 
@@ -311,7 +312,7 @@ TEST_CASE("IncreLoRA is written as a plain LoRA of the ranks in use", "[increlor
   const auto x = randn({5, 6});
   const auto adapter = peft::add_adapter(*net, small(1), peft::all());
   const peft_test::TemporaryFolder folder;
-  CHECK_THROWS_WITH(suite::save_adapter(adapter, folder / "none"),
+  CHECK_THROWS_WITH(peft::save_adapter(adapter, folder / "none"),
                     Contains("every E is 0") && Contains("nothing to write"));
 
   const auto pieces = adapter.layers<IncreLoraImpl>();
@@ -322,7 +323,7 @@ TEST_CASE("IncreLoRA is written as a plain LoRA of the ranks in use", "[increlor
   pieces[2]->lora_E[2].detach().zero_();
   adapter.accept_changes();
   const auto y = net->forward(x).detach();
-  const auto notes = suite::save_adapter(adapter, folder / "out");
+  const auto notes = peft::save_adapter(adapter, folder / "out");
   REQUIRE(notes.size() == 1);
   CHECK_THAT(notes[0], Contains("written as a plain LoRA, which does not grow on"));
 
@@ -336,7 +337,7 @@ TEST_CASE("IncreLoRA is written as a plain LoRA of the ranks in use", "[increlor
   CHECK(config["target_modules"] == "0|3");
 
   auto fresh = make();
-  const auto loaded = suite::load_adapter(*fresh, folder / "out");
+  const auto loaded = peft::load_adapter(*fresh, folder / "out");
   CHECK(loaded.layers<peft::LoraImpl>().size() == 2);
   CHECK(largest(fresh->forward(x), y) < 1e-13);
 }

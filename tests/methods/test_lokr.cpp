@@ -1,7 +1,7 @@
 #include <cmath>
 
+#include "methods/reference_case.h"
 #include "peft/methods/lokr.h"
-#include "reference_case.h"
 
 using namespace suite;
 using peft::LokrInit;

@@ -320,7 +320,7 @@ TEST_CASE("Masks go through files of this library's own", "[masked]") {
   CHECK(torch::equal(other->loss(3), net->loss(3)));
   const peft_test::TemporaryFolder folder;
   CHECK(
-      suite::save_adapter(adapter, folder / "adapter").at(0) ==
+      peft::save_adapter(adapter, folder / "adapter").at(0) ==
       "Python PEFT cannot read this adapter: Python has no masks (peft_type REPLACE is this library's own)");
 
   SECTION("which are not believed") {

@@ -1,7 +1,7 @@
 #include "peft/methods/multitask_prompt.h"
 
+#include "methods/prompt_case.h"
 #include "peft/model/prompt_ensemble.h"
-#include "prompt_case.h"
 
 using namespace suite;
 using peft::MultitaskPromptOptions;

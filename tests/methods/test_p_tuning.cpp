@@ -1,6 +1,6 @@
 #include "peft/methods/p_tuning.h"
 
-#include "prompt_case.h"
+#include "methods/prompt_case.h"
 
 using namespace suite;
 using peft::PromptEncoderKind;

@@ -1,7 +1,7 @@
 #include "peft/methods/prompt.h"
 
+#include "methods/prompt_case.h"
 #include "peft/methods/lora.h"
-#include "prompt_case.h"
 
 using namespace suite;
 using peft::PromptInit;

@@ -1,7 +1,8 @@
 #include <peft/methods/trainable_tokens.h>
 
-#include "adapter_files.h"
 #include "methods/reference_values.h"
+#include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 
 using namespace suite;
 using peft::TrainableTokensImpl;
@@ -222,11 +223,11 @@ TEST_CASE("Trainable tokens name what is wrong in a file", "[trainable_tokens]")
     WordsImpl model, other;
     std::vector<peft::Part> parts{peft::on(TrainableTokensOptions({4, 1}), peft::named({"words"}))};
     if (key != "token_indices") parts.push_back(peft::on(peft::LoraOptions(2), peft::named({"dense"})));
-    suite::save_adapter(peft::add_adapter(model, parts), folder / "a");
+    peft::save_adapter(peft::add_adapter(model, parts), folder / "a");
     auto config = nlohmann::json::parse(std::ifstream(folder / "a" / "adapter_config.json"));
     config[key] = nlohmann::json::parse(value);
     std::ofstream(folder / "a" / "adapter_config.json") << config;
-    suite::load_adapter(other, folder / "a");
+    peft::load_adapter(other, folder / "a");
   };
   const auto bad = "must hold lists of different tokens, each an integer of at least 0";
   for (const auto* value : {"[]", "null", "[1, 1]", "[-1, 2]", "[1.5]", "3", "[9999999999]"}) {

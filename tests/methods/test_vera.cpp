@@ -1,9 +1,10 @@
 #include <cmath>
 
-#include "adapter_files.h"
+#include "methods/reference_case.h"
+#include "peft/io/peft_directory.h"
+#include "peft/io/peft_formats.h"
 #include "peft/io/safetensors.h"
 #include "peft/methods/vera.h"
-#include "reference_case.h"
 
 using namespace suite;
 using peft::VeraOptions;
@@ -224,7 +225,7 @@ TEST_CASE("VeRA goes through Hugging Face's files, its matrices too or drawn fro
   nn::Sequential model{nn::Linear(6, 4)};
   const auto adapter = peft::add_adapter(*model, VeraOptions(3).save_projection(false), peft::all());
   const peft_test::TemporaryFolder folder;
-  CHECK_THAT(suite::save_adapter(adapter, folder / "out").back(), Contains("draws them from key 0 again"));
+  CHECK_THAT(peft::save_adapter(adapter, folder / "out").back(), Contains("draws them from key 0 again"));
   CHECK_FALSE(
       peft::load_safetensors(folder / "out" / "adapter_model.safetensors").contains("base_model.vera_A"));
 }

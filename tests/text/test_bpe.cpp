@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "bpe_values.h"
 #include "catch.h"
 #include "io/temporary_folder.h"
 #include "text/bpe_trainer.h"
+#include "text/bpe_values.h"
 #include "text/tokenizer.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include "catch.h"
 #include "io/temporary_folder.h"
 #include "text/tokenizer.h"
-#include "unigram_values.h"
+#include "text/unigram_values.h"
 
 namespace {
 

@@ -7,7 +7,7 @@
 #include "catch.h"
 #include "io/temporary_folder.h"
 #include "text/tokenizer.h"
-#include "wordpiece_values.h"
+#include "text/wordpiece_values.h"
 
 namespace {
 
