@@ -6,7 +6,8 @@
 # The data is GLUE's own: a folder a task (CoLA, RTE, ...) with its train.tsv and dev.tsv; tasks that are absent are
 # skipped. Without --model it takes MiniLM, which it fetches. Running it again goes on where it stopped. --peer installs
 # Python PEFT and trains head, LoRA and AdaLoRA there too, from the same start on the same batches. A run with all
-# methods takes hours: --task RTE --seeds 1 takes some minutes.
+# methods takes hours: --task RTE --method lora --seeds 1 takes some minutes. PEFT_REFERENCE_PYTHON names a Python for
+# --peer that has what it needs; once it is built, build/release/examples/peft-glue --help has every option.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
 
@@ -27,7 +28,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     -h | --help)
-      sed -n '2,9s/^# \{0,1\}//p' "$0"
+      sed -n '2,10s/^# \{0,1\}//p' "$0"
       exit 0
       ;;
     *)

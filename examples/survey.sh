@@ -5,7 +5,8 @@
 #   examples/survey.sh [--libtorch debian|wheel] [--out FOLDER] [ARGUMENT-OF-peft-survey...]
 #
 # Without arguments every method, on all-MiniLM-L6-v2, in some ten minutes: all it installs is a compiler, LibTorch and
-# that model. --model FOLDER names another one; --methods lora adalora, --batch, --length and --repeat are passed on.
+# that model. --model FOLDER names another one; --methods lora adalora, --batch, --length and --repeat are passed on;
+# once it is built, build/bench-wheel/examples/peft-survey --help has every option.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
 
@@ -25,7 +26,7 @@ while [ $# -gt 0 ]; do
       shift 2
       ;;
     -h | --help)
-      sed -n '2,9s/^# \{0,1\}//p' "$0"
+      sed -n '2,10s/^# \{0,1\}//p' "$0"
       exit 0
       ;;
     *)

@@ -174,6 +174,11 @@ template <class Judge>
 void predict_texts(const UseOptions& options, const Task& task, const std::optional<Settings>& settings,
                    const Judge& judge) {
   const auto labels = settings ? settings->labels : task.config().labels();
+  if (labels.size() == 1) {
+    throw std::runtime_error(
+        "predict: the head has one output, a score, and no labels to choose from (hint: --inputs writes "
+        "logits)");
+  }
   constexpr int64_t usual_length = 128;
   const auto length = std::min(options.max_length.value_or(settings ? settings->max_length : usual_length),
                                task.config().max_position_embeddings());

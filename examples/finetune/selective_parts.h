@@ -112,7 +112,7 @@ inline std::vector<peft::Part> bitfit_parts(const MethodValues& values, const Pl
   if (!names.empty()) {
     target = target_of(names, place);
   } else if (!terms.empty()) {
-    target = peft::bitfit(terms, /*pooler=*/!place.head.empty());
+    target = peft::bitfit(terms);
   } else if (!kinds.empty()) {
     target = peft::where([kinds](const peft::SiteInfo& site) {
       return std::find(kinds.begin(), kinds.end(), site.layer) != kinds.end();

@@ -7,10 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -144,6 +147,30 @@ inline GlueData encode_splits(const text::Tokenizer& tokenizer, const GlueTask& 
   for (const auto& rows : splits.devs)
     data.devs.push_back(by_length(encode(tokenizer, task, rows, max_length)));
   return data;
+}
+
+/// What lies in a model's folder: its weights, settings and tokenizer.
+inline std::string hash_of_folder(const fs::path& folder) {
+  std::vector<fs::path> paths;
+  for (const auto& item : fs::directory_iterator(folder)) {
+    const auto kind = item.path().extension();
+    const bool counts = kind == ".safetensors" || kind == ".json" || kind == ".txt" || kind == ".model";
+    if (counts && item.is_regular_file()) paths.push_back(item.path());
+  }
+  std::sort(paths.begin(), paths.end());
+  std::uint64_t sum = 0;
+  std::string part(std::size_t{1} << 20, '\0');
+  for (const auto& path : paths) {
+    sum = text::mix(sum ^ text::h64(path.filename().string()));
+    std::ifstream file(path, std::ios::binary);
+    while (file) {
+      file.read(part.data(), static_cast<std::streamsize>(part.size()));
+      sum =
+          text::mix(sum ^ text::h64(std::string_view(part.data(), static_cast<std::size_t>(file.gcount()))));
+    }
+    if (!file.eof()) throw std::runtime_error(fmt::format("{} cannot be read", path.string()));
+  }
+  return fmt::format("{:016x}", sum);
 }
 
 /// A number that is another when the rows are.

@@ -52,6 +52,7 @@ class GlueModel {
     if (method.fusion)
       throw std::runtime_error("--method fusion: it needs adapters that are trained already");
     if (method.head_only()) method.parts = {peft::on(peft::ReplaceOptions(), peft::named(heads_))};
+    finetune::leave_out_heads(method, *model(), heads_);
     return method;
   }
 

@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "finetune/child.h"
+#include "finetune/method.h"
+#include "finetune/method_values.h"
 #include "peft/io/safetensors.h"
 #include "train_cell.h"
 
@@ -25,6 +27,35 @@ namespace glue {
 inline bool has_peer(const std::string& method) {
   const auto kind = method.substr(0, method.find(':'));
   return kind == "head" || kind == "lora" || kind == "adalora";
+}
+
+/// Throws where the other program would not train the same.
+inline void check_peer(const Recipe& recipe, const std::string& method) {
+  const auto given = finetune::internal::split_method(recipe.method).second;
+  const auto is = [&](const std::string& key, double plain) {
+    return given.count(key) && finetune::MethodValues(method, given).number(key, plain) != plain;
+  };
+  if (recipe.dropout != 0.0 || recipe.head_dropout.value_or(0) != 0 || is("dropout", 0)) {
+    throw std::runtime_error(fmt::format(
+        "--peer needs methods without dropout, since two programs do not draw the same, but {} has it",
+        method));
+  }
+  const auto init = given.count("init") ? given.at("init") : "kaiming";
+  if (init != "kaiming" && init != "gaussian" && init != "random" && init != "eva") {
+    throw std::runtime_error(
+        fmt::format("--peer needs a start that changes nothing at first, since of another one Python trains "
+                    "twice the rank, "
+                    "but {} has init={}",
+                    method, init));
+  }
+  if (given.count("enable")) {
+    throw std::runtime_error(fmt::format(
+        "--peer needs whole layers, since of a part Python trains the rest too, but {} has enable", method));
+  }
+  if (is("lora_plus", 1)) {
+    throw std::runtime_error(fmt::format(
+        "--peer needs methods with one rate, which Python's program has, but {} has lora_plus", method));
+  }
 }
 
 namespace internal {

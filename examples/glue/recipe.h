@@ -219,37 +219,32 @@ inline std::vector<std::string> recipe_names(bool published) {
   return names;
 }
 
-/// The recipe of a method: one of the preset's names, or any method of `peft-finetune` with its keys, which
-/// is trained as LoRA is by default.
-/// Throws: std::runtime_error where a published recipe is asked for that does not exist.
-inline Recipe recipe_of(const std::string& method, const std::string& task, bool published) {
-  if (!published) {
-    for (const auto& [name, recipe] : internal::default_recipes()) {
-      if (name == method) return recipe;
-    }
-    const auto kind = method.substr(0, method.find(':'));
-    const auto& known = internal::default_recipes();
-    auto like =
-        std::find_if(known.begin(), known.end(), [&](const auto& item) { return item.first == kind; });
-    if (like == known.end())
-      like = std::find_if(known.begin(), known.end(), [](const auto& item) { return item.first == "lora"; });
-    auto recipe = like->second;
-    recipe.method = method;
-    return recipe;
-  }
-  std::optional<Recipe> recipe;
-  if (method == "lora") recipe = internal::published_lora(task);
-  if (method == "adalora") recipe = internal::published_adalora(task);
-  if (method == "increlora") recipe = internal::published_increlora(task, 2);
-  if (method == "increlora-8") recipe = internal::published_increlora(task, 8);
-  if (method == "bitfit") recipe = internal::published_bitfit();
-  if (method == "houlsby" || method == "pfeiffer") recipe = internal::published_adapter(method == "houlsby");
-  if (recipe) return *recipe;
+/// A method's recipe of the published preset on a task; none where its paper gives none.
+inline std::optional<Recipe> published_recipe(const std::string& method, const std::string& task) {
+  if (method == "lora") return internal::published_lora(task);
+  if (method == "adalora") return internal::published_adalora(task);
+  if (method == "increlora") return internal::published_increlora(task, 2);
+  if (method == "increlora-8") return internal::published_increlora(task, 8);
+  if (method == "bitfit") return internal::published_bitfit();
+  if (method == "houlsby" || method == "pfeiffer") return internal::published_adapter(method == "houlsby");
   const auto names = recipe_names(true);
-  throw std::runtime_error(fmt::format(
-      "--preset published: there is no published recipe of {} on {}; nearest: {}\n  there are {}, "
-      "WNLI left out of the first four",
-      method, task, peft::internal::closest(method, names, 1), fmt::join(names, ", ")));
+  throw std::runtime_error(
+      fmt::format("--preset published: there is no published recipe of {}; nearest: {}\n  there are {}",
+                  method, peft::internal::closest(method, names, 1), fmt::join(names, ", ")));
+}
+
+/// The recipe of a method by default: one of the preset's names, or any method of `peft-finetune` with its
+/// keys, which is trained as its namesake is, or as LoRA.
+inline Recipe default_recipe(const std::string& method) {
+  const auto& known = internal::default_recipes();
+  const auto of = [&](const std::string& name) {
+    return std::find_if(known.begin(), known.end(), [&](const auto& item) { return item.first == name; });
+  };
+  if (const auto at = of(method); at != known.end()) return at->second;
+  const auto kind = of(method.substr(0, method.find(':')));
+  auto recipe = (kind == known.end() ? of("lora") : kind)->second;
+  recipe.method = method;
+  return recipe;
 }
 
 }  // namespace glue

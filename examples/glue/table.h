@@ -74,6 +74,7 @@ class Table {
         for (const auto& method : methods_) add_cells(wanted, *task.task, method, seed);
       }
     }
+    if (wanted.empty()) throw std::runtime_error("no method has a published recipe of any of the tasks");
     for (const auto& settings : wanted) cells_.read(settings);
     if (!options_.report_only) check_methods(wanted);
     run(wanted);
@@ -118,9 +119,7 @@ class Table {
     config_ = peft::internal::read_json_object(options_.model / "config.json");
     tokenizer_.emplace(
         finetune::read_tokenizer(options_.model, config_.value("vocab_size", std::int64_t{0})));
-    const auto weights = options_.model / "model.safetensors";
-    model_ = fmt::format("{:016x} {}", text::h64(config_.dump()),
-                         fs::is_regular_file(weights, ignored) ? fs::file_size(weights) : 0);
+    model_ = hash_of_folder(options_.model);
   }
 
   /// Each method by the name it has in the table: its own, with a number where it comes again.
@@ -137,7 +136,14 @@ class Table {
     settings.task = task.name;
     settings.method = method.first;
     settings.seed = seed;
-    settings.recipe = recipe_of(method.second, task.name, is_published());
+    const auto recipe = is_published() ? published_recipe(method.second, task.name)
+                                       : std::optional<Recipe>(default_recipe(method.second));
+    if (!recipe) {
+      if (seed == options_.first_seed)
+        say(fmt::format("{} {}: skipped: it has no published recipe", task.name, method.first));
+      return;
+    }
+    settings.recipe = *recipe;
     if (options_.epochs) settings.recipe.epochs = *options_.epochs;
     if (options_.batch_size) settings.recipe.batch_size = *options_.batch_size;
     const auto positions = positions_of(config_);
@@ -153,11 +159,7 @@ class Table {
     settings.data = task_of(task.name).hash;
     cells.push_back(settings);
     if (options_.peer.python.empty() || !has_peer(method.second)) return;
-    if (settings.recipe.dropout != 0.0 || settings.recipe.head_dropout.value_or(0) != 0) {
-      throw std::runtime_error(fmt::format(
-          "--peer needs methods without dropout, since two programs do not draw the same, but {} has it",
-          method.first));
-    }
+    check_peer(settings.recipe, method.first);
     settings.program = "python";
     cells.push_back(settings);
   }

@@ -32,9 +32,14 @@ inline std::int64_t steps_per_epoch(const Recipe& recipe, std::size_t rows) {
 }
 
 /// The scores of what a model gave for the rows of each file to evaluate on. Shapes: logits (rows, labels).
+/// Throws: finetune::Diverged where not all are numbers.
 inline Evaluated score(const GlueData& data, std::int64_t step, const std::vector<Tensor>& logits) {
   Evaluated result{step, {}};
   for (std::size_t i = 0; i < logits.size(); ++i) {
+    if (!logits[i].isfinite().all().item<bool>()) {
+      throw finetune::Diverged(
+          fmt::format("not all logits are numbers after step {} (hint: a smaller lr)", step));
+    }
     const bool regression = data.task->is_regression();
     const auto values = (regression ? logits[i].reshape({-1}) : logits[i].argmax(-1)).to(torch::kDouble);
     Predictions rows;

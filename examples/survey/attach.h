@@ -31,9 +31,8 @@ inline std::vector<std::string> default_methods() {
   return methods;
 }
 
-/// Reads a method for a model of this family. Throws: what `parse_method` throws.
-inline finetune::Method read_method(const std::string& text, const std::vector<std::string>& heads,
-                                    const std::string& model_type) {
+/// Reads a method for a model. Throws: what `parse_method` throws.
+inline finetune::Method read_method(const std::string& text, const SurveyModel& model) {
   // The adapters it fuses are not folders here.
   if (text == "fusion") {
     finetune::Method method;
@@ -44,8 +43,9 @@ inline finetune::Method read_method(const std::string& text, const std::vector<s
   const auto name = finetune::internal::split_method(text).first;
   TORCH_CHECK_VALUE(name != "fusion", "--methods: fusion must be without keys, but got '", text, "'");
   finetune::internal::method_entry(name);
-  const auto method =
-      finetune::parse_method(text, finetune::family_targets(name, model_type), heads, schedule_steps);
+  auto method = finetune::parse_method(text, finetune::family_targets(name, model.type()), model.heads(),
+                                       schedule_steps);
+  finetune::leave_out_heads(method, model.module(), model.heads());
   TORCH_CHECK_VALUE(method.init != "eva" && method.init != "corda" && method.init != "lora_ga", "--methods ",
                     text, ": init must not be one that reads data, but got ", method.init,
                     " (hint: leave it out; where LoRA starts changes none of the figures)");

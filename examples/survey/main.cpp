@@ -82,7 +82,7 @@ survey::MethodRow row_of(const Arguments& arguments, const std::string& method) 
 std::string problem_of(const Arguments& arguments) {
   const auto check = [&] {
     const auto model = survey::open_model(arguments.setting.folder);
-    for (const auto& method : arguments.methods) survey::read_method(method, model.heads(), model.type());
+    for (const auto& method : arguments.methods) survey::read_method(method, model);
     torch::NoGradGuard no_grad;
     model.forward(model.inputs(arguments.setting.batch, arguments.setting.length));
     return std::string();

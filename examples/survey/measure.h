@@ -104,7 +104,7 @@ class Measurement {
   Measurement(const Setting& setting, const std::string& text)
       : setting_(setting), frozen_(open_model(setting.folder)), model_(open_model(setting.folder)) {
     row_.method = text;
-    method_ = read_method(text, model_.heads(), model_.type());
+    method_ = read_method(text, model_);
     inputs_ = frozen_.inputs(setting.batch, setting.length);
     torch::NoGradGuard no_grad;
     const auto logits = frozen_.forward(inputs_).logits;

@@ -64,7 +64,10 @@ class Tokenizer {
   /// does (see `tokenizer_json_of_folder`). Throws: std::runtime_error naming
   /// the file and what is wrong with it or missing.
   static Tokenizer from_folder(const std::filesystem::path& folder) {
-    if (std::filesystem::exists(folder / "tokenizer.json")) return from_file(folder / "tokenizer.json");
+    if (std::filesystem::exists(folder / "tokenizer.json")) {
+      check_settings_agree(folder);
+      return from_file(folder / "tokenizer.json");
+    }
     return {folder,
             internal::TokenizerJsonReader(folder).read(tokenizer_json_of_folder(folder), /*exact=*/true)};
   }

@@ -266,4 +266,36 @@ inline internal::Json tokenizer_json_of_folder(const std::filesystem::path& fold
   return internal::FolderReader(folder).read();
 }
 
+/// Refuses a folder whose tokenizer_config.json and tokenizer.json differ in how
+/// BERT's texts are normalised: transformers' AutoTokenizer follows the first,
+/// other programs the second. Throws: std::runtime_error naming both.
+inline void check_settings_agree(const std::filesystem::path& folder) {
+  const auto path = folder / "tokenizer_config.json";
+  if (!std::filesystem::exists(path)) return;
+  const internal::Json settings = internal::read_json(path);
+  const std::vector<std::pair<std::string, std::string>> names{
+      {"do_lower_case", "lowercase"},
+      {"strip_accents", "strip_accents"},
+      {"tokenize_chinese_chars", "handle_chinese_chars"}};
+  const auto is_set = [&](const auto& name) {
+    return settings.is_object() && settings.contains(name.first) && settings.at(name.first).is_boolean();
+  };
+  if (std::none_of(names.begin(), names.end(), is_set)) return;
+  const internal::Json file = internal::read_json(folder / "tokenizer.json");
+  const auto normalizer =
+      file.is_object() && file.contains("normalizer") ? file.at("normalizer") : internal::Json();
+  if (!normalizer.is_object() || normalizer.value("type", internal::Json()) != "BertNormalizer") return;
+  for (const auto& [setting, key] : names) {
+    if (!is_set(std::pair(setting, key))) continue;
+    auto value = normalizer.value(key, internal::Json());
+    // Without a word, accents go with the case.
+    if (value.is_null() && key == "strip_accents") value = normalizer.value("lowercase", internal::Json());
+    if (value == settings.at(setting)) continue;
+    throw std::runtime_error(fmt::format(
+        "{}: '{}' is {}, but the normalizer of tokenizer.json has '{}': {} (hint: transformers follows the "
+        "first; save_pretrained of its tokenizer writes both alike)",
+        path.string(), setting, settings.at(setting).dump(), key, value.dump()));
+  }
+}
+
 }  // namespace text

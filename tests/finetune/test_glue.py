@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tiny_model import make_model, rows
+from tiny_model import make_family, make_model, rows
 
 PROGRAM = os.environ.get("PEFT_GLUE")
 if not PROGRAM or not os.access(PROGRAM, os.X_OK):
@@ -104,6 +104,8 @@ def test_table_and_resume(folder, model, data):
     (data / "RTE" / "dev.tsv").write_text((data / "RTE" / "dev.tsv").read_text() + "99\ta\tb\tentailment\n")
     bad(*arguments, says=["RTE/head-0.json", "data was"])
     make_data(data)
+    other = make_model(folder / "other", seed=2)
+    bad(*[other if x == model else x for x in arguments], says=["CoLA/head-0.json", "model was"])
 
 
 def test_eval_every_and_rows(folder, model, data):
@@ -148,6 +150,20 @@ def test_other_family(folder, data):
     bad(*arguments, "--max-length", 41, says=["--max-length must be at most 40"])
 
 
+def test_heads_are_not_adapted(folder, data):
+    """Targets that find layers of the head leave it to the copy that trains whole, so that Python can read the file."""
+    for family, head in [("roberta", ["classifier"]), ("deberta-v2", ["pooler", "classifier"])]:
+        model = make_family(folder / f"{family}-3", family, labels=2)
+        out = folder / f"of_{family}"
+        good("--data", data, "--model", model, "--out", out, "--seeds", 1, "--batch-size", 8, "--epochs", 2, "--task",
+             "RTE", "--method", "adalora", "--method", "bitfit:terms=[query]", "--method", "ln_tuning")
+        settings = json.loads((out / "best" / "RTE" / "adalora-0" / "adapter_config.json").read_text())
+        assert settings["peft_type"] == "ADALORA", settings
+        assert all(any(name.startswith(path) for name in settings["modules_to_save"]) for path in head), settings
+        cell = json.loads((out / "cells" / "RTE" / "bitfit-0.json").read_text())
+        assert cell["result"]["other_weights"] == 2 * 16, cell
+
+
 def test_wrong_input(folder, model, data):
     out = folder / "never"
     common = ["--model", model, "--out", out, "--method", "head", "--seeds", 1]
@@ -175,6 +191,21 @@ def test_wrong_input(folder, model, data):
     bad("--data", data, *common, "--task", "COLLA", says=["no task 'COLLA'; nearest: 'CoLA'"])
     bad("--data", data, "--model", model, "--out", out, "--method", "loro", says=["no method 'loro'"])
     bad("--data", data, *common, "--preset", "published", says=["no published recipe of head"])
+    make_data(wrong)
+    for split in ["train", "dev"]:
+        (wrong / "WNLI" / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t0\n1\tc\td\t1\n")
+    bad("--data", wrong, "--model", model, "--out", out, "--preset", "published", "--method", "lora", "--task", "WNLI",
+        says=["WNLI lora: skipped: it has no published recipe", "no method has a published recipe"])
+    python = ["--data", data, "--model", model, "--out", out, "--peer", sys.executable]
+    bad(*python, "--method", "lora:dropout=0.1", says=["--peer needs methods without dropout"])
+    bad(*python, "--method", "lora:lora_plus=16", says=["--peer needs methods with one rate"])
+    bad(*python, "--preset", "published", "--method", "lora", "--task", "CoLA", says=["without dropout"])
+    other = make_model(folder / "gpt2")
+    settings = json.loads((folder / "gpt2" / "config.json").read_text())
+    (folder / "gpt2" / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
+    bad("--data", data, "--model", other, "--out", out, "--method", "head", "--task", "RTE", says=["gpt2"])
+    (folder / "gpt2" / "config.json").write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] - 1}))
+    bad("--data", data, "--model", other, "--out", out, "--method", "head", "--task", "RTE", says=["has 74 tokens, but the model only 73"])
     bad("--data", data, *common, "--rows", "RTE=0", says=["--rows", "RTE=0"])
     three = make_model(folder / "three", labels=3)
     bad("--data", data, "--model", three, "--out", out, "--method", "head", "--seeds", 1, "--task", "RTE",
@@ -190,5 +221,6 @@ with tempfile.TemporaryDirectory() as name:
     test_eval_every_and_rows(folder, model, data)
     test_stop(folder, model, data)
     test_other_family(folder, data)
+    test_heads_are_not_adapted(folder, data)
     test_wrong_input(folder, model, data)
 print("peft-glue: passed")

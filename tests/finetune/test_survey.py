@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 from run_tests import check, run_tests, tests_of
-from tiny_model import VOCABULARY, make_model
+from tiny_model import VOCABULARY, make_family, make_model
 
 PROGRAM = os.environ.get("PEFT_SURVEY")
 
@@ -50,10 +50,10 @@ def model_in(root):
     return folder
 
 
-def survey(root, *methods):
+def survey(root, *methods, model=None):
     """({method without keys: row}, folder, what was printed)"""
     out = os.path.join(root, str(len(os.listdir(root))))
-    done = good(model_in(root), "--methods", *methods, "--batch", 2, "--length", 8, "--repeat", 1, "--out", out)
+    done = good(model or model_in(root), "--methods", *methods, "--batch", 2, "--length", 8, "--repeat", 1, "--out", out)
     with open(os.path.join(out, "survey.json"), encoding="utf-8") as file:
         rows = json.load(file)["methods"]
     check([row["method"] for row in rows] == list(methods), "a row for each method, in their order")
@@ -145,6 +145,24 @@ def test_every_method(root):
     check(len({line.count("|") for line in lines}) == 1, "as many cells in each")
 
 
+def test_other_families(root):
+    """By default each method goes to the family's own layers, and never into the head."""
+    names = ["lora", "adalora", "increlora", "ia3", "ln_tuning", "houlsby", "prefix", "unipelt", "top_layers", "full",
+             "bitfit:terms=[query,intermediate]", "hifi:heads=1", "fish", "magnitude", "rand_row_col"]
+    for family in ("roberta", "deberta-v2"):
+        model = make_family(os.path.join(root, family), family, hidden=WIDTH, intermediate=INNER, layers=LAYERS)
+        rows, _, _ = survey(root, *names, model=model)
+        for name, row in rows.items():
+            check(row["problem"] == "" and row["note"] == "", f"{family} {name}: {row['problem']}{row['note']}")
+        for name, each in [("lora", 2), ("adalora", 6), ("ia3", 4), ("hifi", 3)]:
+            matrices = rows[name]["change"]["matrices"]
+            check(matrices == each * LAYERS, f"{family} {name}: {matrices} matrices change, by hand {each * LAYERS}")
+        norms = 2 * LAYERS + (1 if family == "roberta" else 2)  # of the distances
+        check(rows["ln_tuning"]["trainable"] == norms * 2 * WIDTH, f"{family}: {rows['ln_tuning']['trainable']}")
+        biases = LAYERS * (WIDTH + INNER)  # DeBERTa's pooler belongs to the head
+        check(rows["bitfit"]["trainable"] == biases, f"{family}: {rows['bitfit']['trainable']} biases, by hand {biases}")
+
+
 def test_same_figures_again(root):
     figures = lambda row: {key: row[key] for key in ("storage_bytes", "peak_bytes", "kept_bytes", "trainable", "change")}
     alone = survey(root, "lora")[0]["lora"]
@@ -194,6 +212,12 @@ def test_wrong_input(root):
     check("--batch" in bad(model, "--batch", 0), "no texts")
     check("130" in bad(model, "--length", 1000, "--methods", "lora"), "texts too long")
     check("model" in bad(), "no model")
+    other = make_model(os.path.join(root, "other-family"))
+    with open(os.path.join(other, "config.json"), encoding="utf-8") as file:
+        settings = json.load(file)
+    with open(os.path.join(other, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(settings | {"model_type": "t5"}, file)
+    check("t5" in bad(other, "--methods", "lora"), "a folder of another family")
 
 
 def main():

@@ -3,6 +3,7 @@ in Python's own library, and running the program (named by the environment's PEF
 
 import array
 import json
+import math
 import os
 import random
 import struct
@@ -178,6 +179,40 @@ def make_model(folder, seed=1, labels=0, **sizes):
     write_json(os.path.join(folder, "config.json"), settings)
     write_json(os.path.join(folder, "tokenizer.json"), tokenizer())
     write_safetensors(os.path.join(folder, "model.safetensors"), weights(settings, seed, labels))
+    return folder
+
+
+def make_family(folder, family, labels=3, **sizes):
+    """Writes a folder of a RoBERTa's or DeBERTa-v2's classifier; returns its path."""
+    settings = config(**sizes) | {"model_type": family, "id2label": {str(i): f"class_{i}" for i in range(labels)},
+                                  "label2id": {f"class_{i}": i for i in range(labels)}}
+    tensors = weights(settings)
+    d, rng = settings["hidden_size"], random.Random(2)
+    drawn = lambda *shape: tensor(shape, [rng.gauss(0, 0.2) for _ in range(math.prod(shape))])
+    pooler = {kind: tensors.pop(f"pooler.dense.{kind}") for kind in ("weight", "bias")}
+    if family == "roberta":
+        settings["architectures"] = ["RobertaForSequenceClassification"]
+        tensors = {f"roberta.{name}": value for name, value in tensors.items()}
+        tensors |= {f"classifier.dense.{kind}": value for kind, value in pooler.items()}
+        tensors |= {"classifier.out_proj.weight": drawn(labels, d), "classifier.out_proj.bias": drawn(labels)}
+    else:
+        settings |= {"architectures": ["DebertaV2ForSequenceClassification"], "relative_attention": True,
+                     "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "norm_rel_ebd": "layer_norm",
+                     "share_att_key": True, "position_biased_input": False, "type_vocab_size": 0,
+                     "pooler_hidden_size": d, "pooler_hidden_act": "gelu", "pooler_dropout": 0}
+        for name in ("query", "key", "value"):
+            tensors = {key.replace(f".{name}.", f".{name}_proj."): value for key, value in tensors.items()}
+        for name in ("position", "token_type"):
+            del tensors[f"embeddings.{name}_embeddings.weight"]
+        tensors |= {"encoder.rel_embeddings.weight": drawn(8, d), "encoder.LayerNorm.weight": drawn(d),
+                    "encoder.LayerNorm.bias": drawn(d)}
+        tensors = {f"deberta.{name}": value for name, value in tensors.items()}
+        tensors |= {f"pooler.dense.{kind}": value for kind, value in pooler.items()}
+        tensors |= {"classifier.weight": drawn(labels, d), "classifier.bias": drawn(labels)}
+    os.makedirs(folder)
+    write_json(os.path.join(folder, "config.json"), settings)
+    write_json(os.path.join(folder, "tokenizer.json"), tokenizer())
+    write_safetensors(os.path.join(folder, "model.safetensors"), tensors)
     return folder
 
 

@@ -26,7 +26,7 @@ glue::CellSettings settings(std::uint64_t seed = 0, const std::string& task = "R
   result.task = task;
   result.method = "lora";
   result.seed = seed;
-  result.recipe = glue::recipe_of("lora", task, /*published=*/false);
+  result.recipe = glue::default_recipe("lora");
   return result;
 }
 

@@ -289,6 +289,13 @@ TEST_CASE("A head lies beside an AdapterHub adapter", "[adapterhub]") {
     CHECK(head["config"]["layers"] == 2);
   }
 
+  auto headless = filled_classifier();
+  peft::add_adapter(*headless, peft::pfeiffer(), "bare");
+  CHECK_THROWS_WITH(
+      peft::save_adapterhub(*headless, "bare", folder / "out"),
+      Contains(
+          "head_config.json' is another adapter's head, which would be read with this one, that has none"));
+
   auto without = filled_classifier();
   CHECK(peft::load_adapterhub(*without, folder / "out", "read", false, peft::internal::print_note,
                               /*with_head=*/false)

@@ -403,6 +403,8 @@ TEST_CASE("Values of the config that cannot be are refused by key", "[peft_direc
        "means 'mlp.1', which is a plain torch::nn::TanhImpl and takes no LoRA"},
       {"target_modules", R"("(?<=x)q")", "'(?<=x)q' uses '(?<=', which is not supported"},
       {"target_modules", "null", "'target_modules' must be given for a base of this kind"},
+      {"layers_to_transform", "[-1]",
+       "'layers_to_transform' must be an integer of at least 0 or a list of them, but got [-1]"},
       {"layers_pattern", R"(["layer"])", "'layers_to_transform' must be given where 'layers_pattern' is"},
       {"use_rslora", "3", "'use_rslora' must be true or false, but got 3"},
       {"modules_to_save", R"("head")", R"('modules_to_save' must be a list of names, but got "head")"},
@@ -520,6 +522,22 @@ TEST_CASE("Keys may lack the prefix, hold the adapter's name, and repeat what st
   auto third = toy();
   CHECK_THAT(refusal_of(third, out),
              Contains("'base_model.model.emb.base_layer.weight' expected the base's own values"));
+}
+
+TEST_CASE("Keys of two adapters in one file are refused", "[peft_directory]") {
+  const TemporaryFolder folder;
+  const auto out = folder / "out";
+  auto model = toy();
+  peft::save_adapter(peft::add_adapter(*model, peft::LoraOptions(2), peft::named({"q"})), out);
+  change_tensors(out, [](auto& tensors) {
+    const auto a = tensors.at("base_model.model.q.lora_A.weight");
+    tensors.erase("base_model.model.q.lora_A.weight");
+    tensors["base_model.model.q.lora_A.default.weight"] = a + 1;
+    tensors["base_model.model.q.lora_A.mine.weight"] = a;
+  });
+  auto other = toy();
+  CHECK_THROWS_WITH(peft::load_adapter(*other, out, "mine"),
+                    Contains("q.lora_A.default.weight' and '") && Contains("are both 'q.lora_A.weight'"));
 }
 
 TEST_CASE("Values that are not finite are loaded with a note", "[peft_directory]") {

@@ -228,6 +228,7 @@ TEST_CASE("Layers are the reference's: the first number after a dotted name, or 
                 [&] { peft::add_adapter(*net, LoraOptions(2), named({"query"}).layers({1}, {"blocks"})); },
                 {"target 'query' is in none of the layers asked for"});
   CHECK_THROWS_WITH(peft::all().layers({1}), Contains("Target::layers: expected a target made by named"));
+  CHECK_THROWS_WITH(named({"query"}).layers({0, -1}), Contains("layers must be at least 0, but got -1"));
 
   using peft::internal::layer_index;
   CHECK(layer_index("h.1.q", {}) == -1);

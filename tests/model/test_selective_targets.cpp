@@ -1,11 +1,13 @@
 #include <peft/model/selective_targets.h>
 
 #include "methods/reference_case.h"
+#include "models/tiny_encoder.h"
 #include "peft/methods/bias.h"
 #include "peft/model/reparametrized.h"
 #include "peft/models/bert.h"
 #include "peft/models/deberta_v2.h"
 #include "peft/models/gpt2.h"
+#include "peft/models/roberta.h"
 
 #include <torch/nn/modules/transformercoder.h>
 
@@ -64,8 +66,21 @@ TEST_CASE("BitFit's terms are the layers the author's fragments of names match",
   CHECK(sites_of(peft::bitfit({output_layernorm})) ==
         per_layer({"attention.output.LayerNorm", "output.LayerNorm"}));
   CHECK(sites_of(peft::bitfit({attention_layernorm})) == per_layer({"attention.output.LayerNorm"}));
-  auto without = sites_of(peft::bitfit({query}, /*pooler=*/false));
-  CHECK(without.size() == layers);
+  const auto on = [](torch::nn::Module& model, const std::vector<BitFitTerm>& terms) {
+    return peft::add_adapter(model, peft::BiasOptions(), peft::bitfit(terms)).sites();
+  };
+  peft::models::RobertaForSequenceClassification roberta(peft_test::tiny_roberta());
+  CHECK(on(*roberta, {key, intermediate}) ==
+        std::vector<std::string>{
+            "roberta.encoder.layer.0.attention.self.key", "roberta.encoder.layer.0.intermediate.dense",
+            "roberta.encoder.layer.1.attention.self.key", "roberta.encoder.layer.1.intermediate.dense"});
+  peft::models::DebertaV2ForSequenceClassification deberta(peft_test::tiny_deberta_v2());
+  CHECK(on(*deberta, {query}) == std::vector<std::string>{"deberta.encoder.layer.0.attention.self.query_proj",
+                                                          "deberta.encoder.layer.1.attention.self.query_proj",
+                                                          "pooler.dense"});
+  StackImpl stack(2);
+  CHECK_THROWS_WITH(on(stack, {query}),
+                    Contains("bitfit: query: the model has no layer 'attention.self.query' (hint:"));
   CHECK_THROWS_WITH(peft::bitfit({}),
                     Contains("expected at least one term, but got none (hint: linear probing"));
   CHECK(std::string(peft::to_string(attention_layernorm)) == "attention_layernorm");

@@ -73,6 +73,18 @@ TEST_CASE("A single output is a regression", "[bert]") {
         2.5);
 }
 
+TEST_CASE("Labels keep their type over logits of a half one", "[bert]") {
+  const auto scores = torch::tensor({3.8F, 4.75F, 300.0F});
+  for (const auto type : {torch::kBFloat16, torch::kHalf}) {
+    const auto logits = torch::tensor({1.0F, 2.0F, 0.0F}).to(type).unsqueeze(1);
+    const auto loss = classification_loss(logits, scores, ProblemType::automatic);
+    CHECK(loss.scalar_type() == torch::kFloat32);
+    CHECK(loss.item<float>() == at::mse_loss(torch::tensor({1.0F, 2.0F, 0.0F}), scores).item<float>());
+    const auto soft = torch::tensor({{0.3F}, {0.9F}, {1.0F}});
+    CHECK(classification_loss(logits, soft, ProblemType::multi_label).scalar_type() == torch::kFloat32);
+  }
+}
+
 TEST_CASE("Padding does not change what real tokens give", "[bert]") {
   torch::manual_seed(1);
   const torch::NoGradGuard no_grad;

@@ -337,6 +337,9 @@ TEST_CASE("What does not open a folder says what does", "[load]") {
     CHECK_THAT(message(), Contains("'architectures' must be one of …ForSequenceClassification") &&
                               Contains("(hint: LoadOptions::task says which to open instead)"));
     CHECK(message(LoadOptions().task(Task::sequence_classification)).empty());
+    config["architectures"] = {"BertLMHeadModel"};
+    write(config);
+    CHECK_THAT(message(), Contains("'architectures' must be one of …ForSequenceClassification"));
   }
   SECTION("a head of another size") {
     write(config);

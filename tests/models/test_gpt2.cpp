@@ -640,11 +640,13 @@ TEST_CASE("GPT-2 folders of every age are read", "[gpt2]") {
     CHECK(is_tied(*model));
     json["model_type"] = "bert";
     json["n_head"] = 3;
+    json["num_attention_heads"] = 4;
     json["add_cross_attention"] = true;
     json["activation_function"] = "gleu";
     json["eos_token_id"] = "17";
     CHECK_THAT(complaint(read), Contains("'model_type' must be \"gpt2\", but got \"bert\"") &&
                                     Contains("'add_cross_attention' must be false") &&
+                                    Contains("'n_head' must be the same as 'num_attention_heads'") &&
                                     Contains("must be a multiple of 'n_head', 3") &&
                                     Contains("'activation_function' must be one of") &&
                                     Contains("'eos_token_id' must be"));

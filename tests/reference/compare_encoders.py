@@ -1,6 +1,6 @@
 """Compares every family of encoders, for every task, with transformers, live, on random tiny configurations.
 
-    python tests/reference/compare_encoders.py [--tool build/tests/encoder-tool] [--encoder DIR…] [--count 8] [--seed N]
+    python tests/reference/compare_encoders.py [--tool build/tests/encoder-tool] [--encoder DIR…] [--count 2] [--seed N]
                                                [--only bert]
 
 --tool is by default the environment's PEFT_ENCODER_TOOL, --encoder PEFT_ENCODER or PEFT_MINILM, --seed random. Of every

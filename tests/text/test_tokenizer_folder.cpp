@@ -8,6 +8,7 @@
 #include "io/temporary_folder.h"
 #include "text/tokenizer.h"
 #include "text/unigram_values.h"
+#include "text/wordpiece_values.h"
 
 namespace {
 
@@ -79,6 +80,35 @@ TEST_CASE("A tokenizer.json counts before the other files of a folder", "[tokeni
   write(folder, "tokenizer.json", json::parse(unigram_values::tokenizer_json));
   CHECK(Tokenizer::from_folder(folder.path()).encode("the").ids ==
         Tokenizer::from_file(folder / "tokenizer.json").encode("the").ids);
+}
+
+TEST_CASE("A tokenizer.json that its settings contradict is refused", "[tokenizer]") {
+  const TemporaryFolder folder;
+  json tokenizer = json::parse(wordpiece_values::tokenizer_json);
+  tokenizer["normalizer"] = {{"type", "BertNormalizer"},
+                             {"clean_text", true},
+                             {"handle_chinese_chars", true},
+                             {"strip_accents", nullptr},
+                             {"lowercase", true}};
+  write(folder, "tokenizer.json", tokenizer);
+  const auto refusal = [&](const json& settings) -> std::string {
+    write(folder, "tokenizer_config.json", settings);
+    try {
+      Tokenizer::from_folder(folder.path());
+    } catch (const std::runtime_error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  CHECK(refusal({{"do_lower_case", true}, {"strip_accents", nullptr}, {"tokenize_chinese_chars", true}})
+            .empty());
+  CHECK(refusal({{"strip_accents", true}}).empty());
+  CHECK_THAT(
+      refusal({{"do_lower_case", false}}),
+      Contains("tokenizer_config.json: 'do_lower_case' is false, but the normalizer of tokenizer.json has "
+               "'lowercase': true (hint:"));
+  CHECK_THAT(refusal({{"strip_accents", false}}), Contains("'strip_accents' is false"));
+  CHECK_THAT(refusal({{"tokenize_chinese_chars", false}}), Contains("'handle_chinese_chars': true"));
 }
 
 TEST_CASE("A folder from which no tokenizer can be made is an error that names what is wrong",

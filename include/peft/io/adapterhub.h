@@ -136,6 +136,13 @@ inline std::vector<std::string> save_adapterhub(nn::Module& model, const std::st
   }
   nlohmann::json head_json;
   const auto head = write_hub_head(replaced, places, name, head_json, problems);
+  for (const char* file : {hub_head_config, hub_head_tensors, hub_head_pickle}) {
+    std::error_code ignored;
+    if (!head.empty() || !std::filesystem::exists(directory / file, ignored)) continue;
+    problems.add("'" + (directory / file).string() +
+                 "' is another adapter's head, which would be read with this one, that has none (hint: "
+                 "another folder)");
+  }
   problems.raise("save_adapterhub: '" + name + "' cannot be written");
 
   auto json = hub_model_json(places, described);

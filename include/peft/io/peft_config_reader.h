@@ -124,8 +124,8 @@ class PeftConfigReader {
       const auto& value = fields_.value("layers_to_transform");
       const auto one_by_one = value.is_array() ? value : nlohmann::ordered_json::array({value});
       for (const auto& item : one_by_one) {
-        if (!item.is_number_integer()) {
-          fields_.complain("layers_to_transform", "must be an integer or a list of them");
+        if (!item.is_number_integer() || item.get<int64_t>() < 0) {
+          fields_.complain("layers_to_transform", "must be an integer of at least 0 or a list of them");
           break;
         }
         config_.layers.push_back(item.get<int64_t>());

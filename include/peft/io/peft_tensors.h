@@ -158,7 +158,10 @@ class AdapterTensors {
         attempt(key);
         for (const auto& name : names_) attempt(without_name(key, name));
       }
-      settled.emplace(plain, item);
+      const auto [at, is_new] = settled.emplace(plain, item);
+      if (!is_new)
+        problems_.add(file_ + ": '" + at->second.key + "' and '" + item.key + "' are both '" + inner(plain) +
+                      "', of two adapters?");
     }
     tensors_ = std::move(settled);
   }

@@ -50,46 +50,69 @@ inline const char* to_string(BitFitTerm term) {
   return "?";
 }
 
+namespace internal {
+
+/// The last segments of the layers that a term means, in one family or the other.
+inline std::vector<std::string> bitfit_names(BitFitTerm term) {
+  switch (term) {
+    case BitFitTerm::query:
+    case BitFitTerm::key:
+    case BitFitTerm::value: {
+      const auto name = std::string("attention.self.") + to_string(term);
+      return {name, name + "_proj"};
+    }
+    case BitFitTerm::intermediate:
+      return {"intermediate.dense"};
+    case BitFitTerm::output:
+      return {"output.dense"};
+    case BitFitTerm::output_layernorm:
+      return {"output.LayerNorm"};
+    case BitFitTerm::attention_layernorm:
+      return {"attention.output.LayerNorm"};
+    case BitFitTerm::all:
+      break;
+  }
+  return {};
+}
+
+}  // namespace internal
+
 /// The layers whose biases BitFit's code trains in BERT and RoBERTa, for `BiasOptions`: those of the terms,
-/// as its fragments of names match them, and always the pooler's (`pooler` false: in a model without one).
-/// The task head trains whole, beside: `train_also`, and `.exclude` it where all biases train. The paper
-/// recommends query and intermediate. Throws: c10::ValueError for no terms, which is linear probing.
-/// Paper: arXiv 2106.10199. Example:
+/// as its fragments of names match them, and always the pooler's, in a model that has one. DeBERTa's
+/// `query_proj`, `key_proj` and `value_proj` are the query, key and value. The task head trains whole,
+/// beside: `train_also`, and `.exclude` it where all biases train. The paper recommends query and
+/// intermediate. Throws: c10::ValueError for no terms, which is linear probing, or, in `add_adapter`, for a
+/// term that no layer of the model bears. Paper: arXiv 2106.10199. Example:
 /// ```
 /// using enum peft::BitFitTerm;
 /// auto adapter = peft::add_adapter(*model, peft::BiasOptions(), peft::bitfit({query, intermediate}));
 /// peft::train_also(adapter, *model, peft::named({"classifier"}));
 /// ```
-inline Target bitfit(const std::vector<BitFitTerm>& terms, bool pooler = true) {
+inline Target bitfit(const std::vector<BitFitTerm>& terms) {
   TORCH_CHECK_VALUE(!terms.empty(),
                     "bitfit: expected at least one term, but got none (hint: linear probing trains a copy of "
                     "the head alone, on(ReplaceOptions(), named({head})))");
-  std::vector<std::string> names;
-  for (const auto term : terms) {
-    switch (term) {
-      case BitFitTerm::all:
-        return all();
-      case BitFitTerm::query:
-      case BitFitTerm::key:
-      case BitFitTerm::value:
-        names.push_back(std::string("attention.self.") + to_string(term));
-        break;
-      case BitFitTerm::intermediate:
-        names.push_back("intermediate.dense");
-        break;
-      case BitFitTerm::output:
-        names.push_back("output.dense");
-        break;
-      case BitFitTerm::output_layernorm:
-        names.push_back("output.LayerNorm");
-        break;
-      case BitFitTerm::attention_layernorm:
-        names.push_back("attention.output.LayerNorm");
-        break;
+  if (std::find(terms.begin(), terms.end(), BitFitTerm::all) != terms.end()) return all();
+  return surveyed([terms](const std::vector<SiteInfo>& sites) -> Target::Predicate {
+    std::set<std::string> paths;
+    const auto take = [&](const std::vector<std::string>& names) {
+      bool found = false;
+      for (const auto& site : sites) {
+        const auto bears = [&](const auto& name) { return internal::ends_in_name(site.path, name); };
+        if (std::none_of(names.begin(), names.end(), bears)) continue;
+        paths.insert(site.path);
+        found = true;
+      }
+      return found;
+    };
+    for (const auto term : terms) {
+      const auto names = internal::bitfit_names(term);
+      TORCH_CHECK_VALUE(take(names), "bitfit: ", to_string(term), ": the model has no layer '", names.front(),
+                        "' (hint: BiasOptions on named({...}) takes the layers of any model)");
     }
-  }
-  if (pooler) names.push_back("pooler.dense");
-  return named(std::move(names));
+    take({"pooler.dense"});
+    return [paths](const SiteInfo& site) { return paths.count(site.path) > 0; };
+  });
 }
 
 namespace internal {

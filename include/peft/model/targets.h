@@ -44,6 +44,8 @@ class Target {
   Target layers(std::vector<int64_t> indices, std::vector<std::string> patterns = {}) const {
     TORCH_CHECK_VALUE(!origin_->names.empty(), "Target::layers: expected a target made by named({…})");
     for (const auto& pattern : patterns) internal::check_pattern("Target::layers", pattern);
+    for (const auto index : indices)
+      TORCH_CHECK_VALUE(index >= 0, "Target::layers: layers must be at least 0, but got ", index);
     auto result = *this;
     result.origin_ = std::make_shared<Origin>(*origin_);
     result.origin_->layers = std::move(indices);

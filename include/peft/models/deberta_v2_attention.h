@@ -7,6 +7,8 @@
 #include "peft/models/deberta_v2_config.h"
 #include "peft/models/encoder.h"
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <torch/nn/modules/dropout.h>
 
 #include <cmath>
@@ -116,7 +118,7 @@ class DisentangledSelfAttentionImpl : public nn::Cloneable<DisentangledSelfAtten
     // The site divides by sqrt(width). A token that is hidden from all is hidden from itself: its products
     // are 0, so that it sees all alike, whatever the type, and nothing learns from what it sees. It sees a
     // prefix, and that alone where there is one.
-    const auto factor = std::sqrt(static_cast<double>(queries.size(3))) / scale();
+    const auto factor = std::sqrt(static_cast<double>(queries.size(3))) / scale(queries.scalar_type());
     Tensor scaled;
     if (hidden.defined() && !attention->lengthened()) {
       const auto seen = hidden.diagonal(0, 2, 3).logical_not().unsqueeze(3);
@@ -148,11 +150,13 @@ class DisentangledSelfAttentionImpl : public nn::Cloneable<DisentangledSelfAtten
     return y.view({y.size(0), y.size(1), config.num_attention_heads(), -1}).transpose(1, 2);
   }
 
-  /// sqrt(width · terms), rounded to float32 for every type, as in transformers.
-  double scale() const {
+  /// sqrt(width · terms), rounded to float32 and then to the type of what it divides, as in transformers.
+  double scale(torch::ScalarType type) const {
     const auto width = config.hidden_size() / config.num_attention_heads();
     const auto terms = 1 + config.attends("c2p") + config.attends("p2c");
-    return std::sqrt(static_cast<float>(width * terms));
+    const auto root = std::sqrt(static_cast<float>(width * terms));
+    if (type == torch::kBFloat16) return static_cast<float>(c10::BFloat16(root));
+    return type == torch::kHalf ? static_cast<float>(c10::Half(root)) : root;
   }
 
   /// c2p + p2c, scaled; undefined without either. Shapes: q, k (batch, heads, time, width). (batch, heads,
@@ -160,7 +164,8 @@ class DisentangledSelfAttentionImpl : public nn::Cloneable<DisentangledSelfAtten
   Tensor relative_bias(const Tensor& q, const Tensor& k, const RelativePositions& positions) {
     const auto vectors = pos_dropout->forward(positions.vectors);
     const auto projected = [&](Linear& shared, Linear& own) {
-      return split((own ? own->forward(vectors) : shared->forward_positions(vectors)) / scale());
+      const auto y = own ? own->forward(vectors) : shared->forward_positions(vectors);
+      return split(y / scale(y.scalar_type()));
     };
     const auto& of_queries = positions.index;
     Tensor bias;

@@ -296,9 +296,12 @@ inline Tensor classification_loss(const Tensor& logits, const Tensor& labels, Pr
   TORCH_CHECK_VALUE(one_a_row ? labels.numel() == logits.numel() : labels.sizes() == logits.sizes(),
                     "classification_loss: labels must have the shape of the logits, ",
                     internal::shape_text(logits.sizes()), ", but got ", internal::shape_text(labels.sizes()));
-  const auto targets = labels.to(logits.scalar_type()).reshape(logits.sizes());
-  return problem == ProblemType::regression ? at::mse_loss(logits, targets)
-                                            : at::binary_cross_entropy_with_logits(logits, targets);
+  // Labels are not rounded to a half type of the logits.
+  const auto type = labels.is_floating_point() ? at::promote_types(logits.scalar_type(), labels.scalar_type())
+                                               : logits.scalar_type();
+  const auto given = logits.to(type), targets = labels.to(type).reshape(logits.sizes());
+  return problem == ProblemType::regression ? at::mse_loss(given, targets)
+                                            : at::binary_cross_entropy_with_logits(given, targets);
 }
 
 /// The loss transformers' token classifiers compute: the mean cross entropy over the tokens whose label is

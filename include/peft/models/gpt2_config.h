@@ -63,7 +63,10 @@ struct GPT2Config {
     const GPT2Config standard;
     const auto size = [&reader](const char* key, const char* other, int64_t absent, int64_t least = 1,
                                 int64_t most = std::numeric_limits<int32_t>::max()) {
-      const bool by_other = !reader.json().contains(key) && reader.json().contains(other);
+      const auto& json = reader.json();
+      const bool by_other = !json.contains(key) && json.contains(other);
+      if (json.contains(key) && json.contains(other) && json[key] != json[other])
+        reader.complain(key, "must be the same as '" + std::string(other) + "', its other name");
       return reader.integer(by_other ? other : key, absent, least, most);
     };
     const auto probability = [&reader](const char* key) { return reader.number(key, 0.1, 0.0, 1.0); };

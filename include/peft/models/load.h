@@ -152,7 +152,8 @@ inline models::Task folder_task(ConfigReader& reader) {
   const auto name = one ? classes.front().get<std::string>() : std::string();
   std::string known;
   for (const auto& [end, task] : task_names()) {
-    if (name.ends_with(end)) return task;
+    const bool has_head = task == models::Task::embedding && name.ends_with("HeadModel");
+    if (name.ends_with(end) && !has_head) return task;
     known += (known.empty() ? "…" : ", …") + end;
   }
   reader.complain("architectures", "must be one of " + known, "LoadOptions::task says which to open instead");

@@ -142,8 +142,8 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   for (const char* name :
        {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
-        "sentencepiece.bpe.model", "chat_template.jinja", "modules.json", "sentence_bert_config.json",
-        "config_sentence_transformers.json", "1_Pooling/config.json"}) {
+        "spm.model", "sentencepiece.bpe.model", "chat_template.jinja", "modules.json",
+        "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}) {
     std::error_code ignored;
     if (!std::filesystem::is_regular_file(source / name, ignored)) continue;
     std::filesystem::create_directories((directory / name).parent_path(), ignored);
