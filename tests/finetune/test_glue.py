@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tiny_model import make_family, make_model, rows
+from tiny_glue import make_data
+from tiny_model import make_family, make_model
 
 PROGRAM = os.environ.get("PEFT_GLUE")
 if not PROGRAM or not os.access(PROGRAM, os.X_OK):
@@ -34,30 +35,6 @@ def bad(*arguments, says):
     assert done.returncode in (1, 2), f"exit {done.returncode} of {arguments}\n{done.stderr}"
     for text in says:
         assert text in done.stderr, f"'{text}' is not in\n{done.stderr}"
-
-
-def write(path, header, lines, mark=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = mark + "".join("\t".join(line) + "\n" for line in ([header] if header else []) + lines)
-    path.write_text(text, encoding="utf-8")
-
-
-def make_data(folder):
-    """CoLA, STS-B and RTE, a few rows each; a quote is a character."""
-    for split, seed, count in [("train", 1, 40), ("dev", 2, 24)]:
-        single = [(label, text) for label, text in rows(count, seed)]
-        pairs = rows(count, seed + 2, pairs=True)
-        write(folder / "CoLA" / f"{split}.tsv", None,
-              [["gj04", str(int(label == "cat")), "", '"' + text] for label, text in single])
-        columns = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2",
-                   "score"]
-        write(folder / "STS-B" / f"{split}.tsv", columns,
-              [[str(i), "g", "f", "y", "0", "none", "none", a, b, f"{len(b) % 6}.000"]
-               for i, (_, a, b) in enumerate(pairs)])
-        write(folder / "RTE" / f"{split}.tsv", ["index", "sentence1", "sentence2", "label"],
-              [[str(i), a, b, "entailment" if label == "cat" else "not_entailment"]
-               for i, (label, a, b) in enumerate(pairs)], mark="\ufeff")
-    return folder
 
 
 def test_table_and_resume(folder, model, data):

@@ -12,31 +12,26 @@ namespace peft_test {
 using peft::models::DebertaV2Config;
 using peft::models::RobertaConfig;
 
-inline BertConfig tiny_roberta() {
-  return RobertaConfig()
+/// The sizes of every tiny encoder here.
+template <class Config>
+auto tiny_encoder() {
+  return Config()
       .vocab_size(20)
       .hidden_size(8)
       .num_hidden_layers(2)
       .num_attention_heads(2)
       .intermediate_size(12)
       .max_position_embeddings(12)
-      .type_vocab_size(1)
-      .layer_norm_eps(1e-5)
       .num_labels(3);
 }
 
+inline BertConfig tiny_roberta() {
+  return tiny_encoder<RobertaConfig>().type_vocab_size(1).layer_norm_eps(1e-5);
+}
+
 inline DebertaV2Config tiny_deberta_v2() {
-  return DebertaV2Config()
-      .vocab_size(20)
-      .hidden_size(8)
-      .num_hidden_layers(2)
-      .num_attention_heads(2)
-      .intermediate_size(12)
-      .max_position_embeddings(12)
-      .layer_norm_eps(1e-6)
-      .num_labels(3)
-      .relative_attention(true)
-      .pos_att_type({"p2c", "c2p"});
+  return tiny_encoder<DebertaV2Config>().layer_norm_eps(1e-6).relative_attention(true).pos_att_type(
+      {"p2c", "c2p"});
 }
 
 /// As version 3 is.

@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "finetune"))
-from tiny_model import make_family, make_model, rows
+from tiny_glue import make_data
+from tiny_model import make_family, make_model
 
 # Threads that wait in a loop take the time of those that compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,19 +34,6 @@ try:
 except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(77)
-
-
-def make_data(folder):
-    for split, seed, count in [("train", 1, 40), ("dev", 2, 24)]:
-        table = {"CoLA": ["\t".join(["gj04", str(int(label == "cat")), "", text]) for label, text in rows(count, seed)],
-                 "STS-B": ["\t".join(["index", "genre", "filename", "year", "old_index", "source1", "source2",
-                                      "sentence1", "sentence2", "score"])] +
-                 ["\t".join([str(i), "g", "f", "y", "0", "none", "none", a, b, f"{len(b) % 6}.000"])
-                  for i, (_, a, b) in enumerate(rows(count, seed, pairs=True))]}
-        for task, lines in table.items():
-            (folder / task).mkdir(parents=True, exist_ok=True)
-            (folder / task / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 def run(program, data, model, out, python, *more):
