@@ -225,6 +225,11 @@ TEST_CASE("Layers are the reference's: the first number after a dotted name, or 
   check_refused(*net, [&] { peft::add_adapter(*net, LoraOptions(2), named({"query"}).layers({7})); },
                 {"target 'query' is in none of the layers asked for"});
   check_refused(*net,
+                [&] {
+                  peft::add_adapter(*net, LoraOptions(2), named({"query"}).layers({0, 7}));
+                },
+                {"the target of 'lora' asks for layer 7, but what it names is in layers 0 to 2"});
+  check_refused(*net,
                 [&] { peft::add_adapter(*net, LoraOptions(2), named({"query"}).layers({1}, {"blocks"})); },
                 {"target 'query' is in none of the layers asked for"});
   CHECK_THROWS_WITH(peft::all().layers({1}), Contains("Target::layers: expected a target made by named"));

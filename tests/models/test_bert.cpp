@@ -153,6 +153,14 @@ TEST_CASE("Inputs that do not fit are refused by name", "[bert]") {
     inputs.inputs_embeds = inputs.input_ids = Tensor();
     CHECK_THAT(message(), Contains("but got neither"));
   }
+  SECTION("labels that no head takes") {
+    inputs.labels = torch::tensor({1, 0});
+    CHECK(message().empty());
+    CHECK_THAT(complaint([&] { BertModel(tiny())->forward(inputs); }),
+               Contains("BertModel: labels were given, but there is no head to make a loss of them"));
+    inputs.start_positions = torch::tensor({1, 0});
+    CHECK_THAT(message(), Contains("start_positions were given") && Contains("ForQuestionAnswering"));
+  }
   SECTION("one dimension") {
     inputs.input_ids = torch::tensor({1, 2});
     CHECK_THAT(message(), Contains("input_ids must be (batch, time), but got (2)"));
@@ -558,6 +566,10 @@ TEST_CASE("A written folder has every tensor of its source", "[pretrained]") {
   bare.emplace("embeddings.position_ids", torch::arange(10).unsqueeze(0));
   write_model(folder / "source", bare);
   write_bytes(folder / "source" / "tokenizer.json", "{}");
+  write_bytes(folder / "source" / "modules.json",
+              R"([{"path": ""}, {"path": "1_Dense"}, {"path": "2_Normalize"}])");
+  std::filesystem::create_directories(folder / "source" / "1_Dense");
+  write_bytes(folder / "source" / "1_Dense" / "model.safetensors", std::string("\0\n", 2));
 
   auto encoder = BertModel::from_pretrained(folder / "source", PretrainedOptions(options).pooler(false));
   auto& weight = encoder->encoder->layer[0]->as<BertLayer>()->intermediate->dense->base->weight;
@@ -571,6 +583,7 @@ TEST_CASE("A written folder has every tensor of its source", "[pretrained]") {
     CHECK(written.at(name).equal(changed ? tensor + 1 : tensor));
   }
   CHECK(peft_test::read_bytes(folder / "out" / "tokenizer.json") == "{}");
+  CHECK(peft_test::read_bytes(folder / "out" / "1_Dense" / "model.safetensors") == std::string("\0\n", 2));
   auto config = Json::parse(peft_test::read_bytes(folder / "out" / "config.json"));
   CHECK(config["dtype"] == "float32");
   config.erase("dtype");
@@ -614,6 +627,10 @@ TEST_CASE("A written folder has every tensor of its source", "[pretrained]") {
   SECTION("never over its source, nor from another model's") {
     CHECK_THAT(complaint([&] { save_pretrained(*encoder, folder / "source", folder / "source"); }),
                Contains("must not be the folder the base is read from"));
+    write_bytes(folder / "source" / "modules.json", R"([{"path": "../elsewhere"}])");
+    CHECK_THAT(complaint([&] { save_pretrained(*encoder, folder / "other", folder / "source"); }),
+               Contains("'path' must lie in the folder, but got '../elsewhere'"));
+    std::filesystem::remove(folder / "source" / "modules.json");
     BertModel other(tiny().intermediate_size(16));
     CHECK_THAT(complaint([&] { save_pretrained(*other, folder / "other", folder / "source"); }),
                Contains("expected (12, 8), but got (16, 8)"));

@@ -248,6 +248,11 @@ TEST_CASE("Inputs that do not fit are refused", "[gpt2]") {
     inputs.labels = ids;
     inputs.logits_to_keep = 1;
     CHECK_THAT(message(), Contains("labels need the logits of all tokens"));
+    CHECK_THAT(complaint([&] { model->transformer->forward(inputs); }),
+               Contains("GPT2Model: labels and logits_to_keep are a head's, but labels were given"));
+    inputs.labels = Tensor();
+    CHECK_THAT(complaint([&] { model->transformer->forward(inputs); }),
+               Contains("but logits_to_keep was given"));
   }
   SECTION("tokens and positions") {
     inputs.input_ids = torch::full({2, 4}, 20, torch::kLong);

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <regex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -123,6 +124,7 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
 
   const auto complaints = problems.size();
   std::vector<std::string> unmatched = origin.names;
+  std::set<int64_t> in_layers;  // of what the names match
   const std::regex expression(origin.pattern);
   const auto matches = [&](const std::string& path) {
     if (!origin.pattern.empty()) return std::regex_match(path, expression);
@@ -131,6 +133,7 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
       if (!ends_in_name(path, name)) continue;
       if (path != name && !origin.layers.empty()) {
         const auto layer = layer_index(path, origin.layers_pattern);
+        in_layers.insert(layer);
         if (std::find(origin.layers.begin(), origin.layers.end(), layer) == origin.layers.end()) continue;
       }
       std::erase(unmatched, name);
@@ -187,6 +190,13 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
                                        [&](const Node& node) { return ends_in_name(node.path, name); });
     problems.add(elsewhere ? "target '" + name + "' is in none of the layers asked for"
                            : "no module matches target '" + name + "'; closest: " + closest(name, paths));
+  }
+  in_layers.erase(-1);
+  for (const auto layer : origin.layers) {
+    if (in_layers.empty() || in_layers.count(layer)) continue;
+    problems.add("the target of '" + part.method + "' asks for layer " + std::to_string(layer) +
+                 ", but what it names is in layers " + std::to_string(*in_layers.begin()) + " to " +
+                 std::to_string(*in_layers.rbegin()));
   }
   if (sites.empty() && problems.size() == complaints) {
     problems.add("all that the target of '" + part.method + "' matches is excluded");

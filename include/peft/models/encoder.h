@@ -209,8 +209,16 @@ struct EncoderOutput {
 namespace internal {
 
 /// Throws: c10::ValueError where an encoder's inputs are not one of ids and embeddings, or not as long as
-/// each other.
+/// each other, and where labels are left over that no head has taken.
 inline void check_inputs(const models::EncoderInputs& inputs, const char* model) {
+  const auto refuse = [model](const Tensor& labels, const char* name, const char* task) {
+    TORCH_CHECK_VALUE(!labels.defined(), model, ": ", name,
+                      " were given, but there is no head to make a loss ",
+                      "of them (hint: a model with one, such as the family's ", task, ")");
+  };
+  refuse(inputs.labels, "labels", "ForSequenceClassification");
+  refuse(inputs.start_positions, "start_positions", "ForQuestionAnswering");
+  refuse(inputs.end_positions, "end_positions", "ForQuestionAnswering");
   const bool by_ids = inputs.input_ids.defined();
   TORCH_CHECK_VALUE(by_ids != inputs.inputs_embeds.defined(), model,
                     ": expected either input_ids or inputs_embeds, but got ", by_ids ? "both" : "neither");

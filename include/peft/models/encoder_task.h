@@ -88,6 +88,11 @@ class EncoderTask : public Base, public Encoder, public Head {
   typename Family::Model base_model{nullptr};
 
  protected:
+  /// What the encoder makes of a batch whose labels are the head's.
+  EncoderOutput encode(EncoderInputs inputs) {
+    inputs.labels = Tensor();
+    return base_model->forward(inputs);
+  }
   /// Labels as often as an active `Parallel` repeats the texts.
   Tensor repeated(const Tensor& labels) {
     return peft::internal::repeated(labels, base_model->embeddings->input->branches());
@@ -135,7 +140,7 @@ class ForSequenceClassificationImpl
 
   EncoderOutput forward(const EncoderInputs& inputs) override {
     const ForwardScope scope;
-    auto output = this->base_model->forward(inputs);
+    auto output = this->encode(inputs);
     output.logits = this->score(output);
     if (inputs.labels.defined()) {
       output.loss =
@@ -158,7 +163,7 @@ class ForTokenClassificationImpl
 
   EncoderOutput forward(const EncoderInputs& inputs) override {
     const ForwardScope scope;
-    auto output = this->base_model->forward(inputs);
+    auto output = this->encode(inputs);
     output.logits = this->classifier->forward(this->dropout->forward(output.last_hidden_state));
     if (inputs.labels.defined()) {
       output.loss = token_loss(real_tokens(output.logits, output), this->repeated(inputs.labels));
@@ -184,7 +189,9 @@ class ForQuestionAnsweringImpl
     TORCH_CHECK_VALUE(asks == inputs.end_positions.defined() && !inputs.labels.defined(),
                       this->architecture(), ": a loss needs start_positions and end_positions, but got ",
                       inputs.labels.defined() ? "labels" : "one of them");
-    auto output = this->base_model->forward(inputs);
+    auto texts = inputs;
+    texts.start_positions = texts.end_positions = Tensor();
+    auto output = this->base_model->forward(texts);
     const auto logits = this->qa_outputs->forward(output.last_hidden_state);
     output.start_logits = logits.select(2, 0);
     output.end_logits = logits.select(2, 1);
@@ -224,7 +231,7 @@ class ForMaskedLMImpl : public EncoderTask<ForMaskedLMImpl<Family>, Family, type
 
   EncoderOutput forward(const EncoderInputs& inputs) override {
     const ForwardScope scope;
-    auto output = this->base_model->forward(inputs);
+    auto output = this->encode(inputs);
     const auto hidden = this->base_model->embeddings->output->leave(output.last_hidden_state);
     output.logits = TiedOutput<ForMaskedLMImpl>::score(this->transform(hidden));
     if (inputs.labels.defined()) {

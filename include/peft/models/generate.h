@@ -91,16 +91,18 @@ namespace models {
 /// Goes on with each text, as transformers' `generate` does with greedy search and sampling: the prompts,
 /// and after them the new tokens. A text that has ended is filled with padding until all have; the forward's
 /// virtual tokens are in the cache, not in what is returned. Under an active Parallel of N adapters the
-/// result has the texts of each, N · batch in all.
+/// result has the texts of each, N · batch in all. A folder's `generation_config.json` is not read: what it
+/// says goes into `options`.
 ///
 /// Shapes: ids (batch, time); mask (batch, time), 0 for padding, which must be on the left; undefined: the
 /// padding token is padding, unless it also ends texts. Returns (batch, time + at most max_new_tokens).
 /// Throws: c10::ValueError for options out of range, padding on the right, and texts longer than the position
-/// table; c10::Error for a model in training mode. Example:
+/// table; c10::Error for a model in training mode.
+///
+/// Example:
 /// ```
-/// auto options =
-/// GenerateOptions().do_sample(true).temperature(0.8).generator(at::detail::createCPUGenerator(1)); auto
-/// texts = generate(model, ids, options, mask);
+/// const auto options = GenerateOptions().do_sample(true).temperature(0.8);
+/// const auto texts = generate(model, ids, options, mask);
 /// ```
 template <class Model>
 Tensor generate(Model& model, const Tensor& ids, const GenerateOptions& options = {}, Tensor mask = {}) {

@@ -180,6 +180,10 @@ class GPT2ModelImpl : public nn::Cloneable<GPT2ModelImpl>, public Pretrained {
                         peft::internal::shape_text(std::vector<int64_t>{batch, length}), ", but got ",
                         peft::internal::shape_text(tensor.sizes()));
     };
+    TORCH_CHECK_VALUE(!inputs.labels.defined() && inputs.logits_to_keep == 0,
+                      "GPT2Model: labels and logits_to_keep are a head's, but ",
+                      inputs.labels.defined() ? "labels were" : "logits_to_keep was",
+                      " given (hint: GPT2LMHeadModel)");
     const auto& cache = inputs.cache;
     check_shape(inputs.attention_mask, "attention_mask", cache.tokens + time, false);
     check_shape(inputs.token_type_ids, "token_type_ids", time, true);
@@ -243,7 +247,10 @@ class GPT2LMHeadModelImpl : public TiedOutput<GPT2LMHeadModelImpl>, public Pretr
     TORCH_CHECK_VALUE(!inputs.labels.defined() || inputs.logits_to_keep == 0,
                       "GPT2LMHeadModel: labels need the logits of all tokens, but got logits_to_keep ",
                       inputs.logits_to_keep);
-    auto result = transformer->forward(inputs);
+    auto texts = inputs;
+    texts.labels = Tensor();
+    texts.logits_to_keep = 0;
+    auto result = transformer->forward(texts);
     auto hidden = result.last_hidden_state;
     if (inputs.logits_to_keep) hidden = hidden.slice(1, -inputs.logits_to_keep);
     hidden = transformer->output->leave(hidden);

@@ -34,6 +34,40 @@ inline torch::OrderedDict<std::string, Tensor> base_parameters(const nn::Module&
   return parameters;
 }
 
+/// The files of a folder that go with its model, beside config and weights: the tokenizer's, and those of the
+/// modules that sentence-transformers puts behind the model (`modules.json`). Relative to the folder.
+/// Throws: c10::Error naming a `modules.json` that will not do.
+inline std::vector<std::filesystem::path> companion_files(const std::filesystem::path& folder) {
+  namespace fs = std::filesystem;
+  std::vector<fs::path> names;
+  std::error_code ignored;
+  for (const char* name :
+       {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
+        "spm.model", "sentencepiece.bpe.model", "chat_template.jinja", "sentence_bert_config.json",
+        "config_sentence_transformers.json", "modules.json"}) {
+    if (fs::is_regular_file(folder / name, ignored)) names.emplace_back(name);
+  }
+  if (names.empty() || names.back() != "modules.json") return names;
+  const auto file = folder / "modules.json";
+  const auto modules = nlohmann::ordered_json::parse(read_text(file), nullptr, /*allow_exceptions=*/false);
+  TORCH_CHECK(modules.is_array(), "'", file.string(), "': expected a list of modules");
+  for (const auto& module : modules) {
+    TORCH_CHECK(module.is_object() && module.contains("path") && module["path"].is_string(), "'",
+                file.string(), "': expected a 'path' in each module, but got ", json_text(module));
+    const fs::path path = module["path"].get<std::string>();
+    const bool outside = path.is_absolute() || std::find(path.begin(), path.end(), "..") != path.end();
+    TORCH_CHECK(!outside, "'", file.string(), "': 'path' must lie in the folder, but got '", path.string(),
+                "'");
+    if (path.empty() || path.lexically_normal() == ".") continue;
+    fs::recursive_directory_iterator entry(folder / path, ignored);
+    for (; entry != fs::recursive_directory_iterator(); entry.increment(ignored)) {
+      if (entry->is_regular_file(ignored)) names.push_back(entry->path().lexically_relative(folder));
+    }
+  }
+  return names;
+}
+
 }  // namespace peft::internal
 
 namespace peft::models {
@@ -51,7 +85,7 @@ struct SaveOptions {
 /// Writes a folder that transformers and this library open: every tensor of the source's files under the name
 /// it has there, with the model's present value where the model holds it (so merge first) and the source's
 /// where it does not, and of a tied matrix that merging has made two both; the source's config, with what
-/// `options` says; its tokenizer and pooling files. Weights
+/// `options` says; its tokenizer, and the modules that sentence-transformers puts behind the model. Weights
 /// keep the model's type; the config names it. Each file appears complete or not at all; the config is the
 /// last.
 ///
@@ -72,6 +106,7 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   TORCH_CHECK(!error, "save_pretrained: cannot make '", directory.string(), "': ", error.message());
   TORCH_CHECK(!std::filesystem::equivalent(directory, source, error), "save_pretrained: '",
               directory.string(), "' must not be the folder the base is read from");
+  const auto companions = peft::internal::companion_files(source);
 
   const auto parameters = peft::internal::base_parameters(model);
   const auto holds = [&parameters](const std::string& key) { return parameters.contains(key); };
@@ -139,14 +174,8 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
     write_file(directory / PretrainedFolder::index_name, index.dump(2) + "\n");
   }
 
-  for (const char* name :
-       {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
-        "spm.model", "sentencepiece.bpe.model", "chat_template.jinja", "modules.json",
-        "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}) {
-    std::error_code ignored;
-    if (!std::filesystem::is_regular_file(source / name, ignored)) continue;
-    std::filesystem::create_directories((directory / name).parent_path(), ignored);
+  for (const auto& name : companions) {
+    std::filesystem::create_directories((directory / name).parent_path(), error);
     write_file(directory / name, peft::internal::read_text(source / name));
   }
 
