@@ -255,7 +255,9 @@ class ForwardScope {
 };
 
 /// While it lives, each row of this thread's batches uses its own adapter; "__base__" is none. Inference
-/// only. Example:
+/// only.
+///
+/// Example:
 /// ```
 /// peft::RowAdapters rows({"german", "__base__", "french"});
 /// auto logits = model->forward(batch_of_three).logits;

@@ -14,7 +14,9 @@
 namespace peft {
 
 /// All pieces of one name across a model. A handle: copies share their state. Made by `add_adapter`,
-/// `load_adapter` and `adapter`. Example:
+/// `load_adapter` and `adapter`.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8).alpha(16), peft::named({"query", "value"}));
 /// std::cout << adapter.count() << " weights train on " << adapter.sites().size() << " layers\n";
@@ -101,7 +103,9 @@ class Adapter {
 
   /// Around the step of an optimizer other than `peft::AdamW`, for methods with a controller: after backward,
   /// before clipping. Returns the parameters that have just joined the adapter, for a new group of the
-  /// optimizer. Example:
+  /// optimizer.
+  ///
+  /// Example:
   /// ```
   /// loss.backward();
   /// for (auto& tensor : adapter.before_step()) optimizer.add_param_group({{tensor}});

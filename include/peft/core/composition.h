@@ -20,7 +20,9 @@
 namespace peft {
 
 /// How adapters work together: a tree whose leaves are names of adapters. Made as `Stack`, `Parallel`, …,
-/// given to `set_active`. Example:
+/// given to `set_active`.
+///
+/// Example:
 /// ```
 /// peft::set_active(*model, peft::Stack("german", peft::Parallel("topics", "order")));
 /// ```

@@ -16,7 +16,9 @@ namespace peft::internal {
 
 /// Lays tensors end to end, so that clearing, norm and update are one pass each. The tensors stay what they
 /// were: own shape, own gradient, own version; whoever replaces one (`to(dtype)`, `load`, a foreign
-/// `zero_grad`) only costs the next `gather` a copy. Example:
+/// `zero_grad`) only costs the next `gather` a copy.
+///
+/// Example:
 /// ```
 /// FlatStorage storage(adapter.parameters(), groups, /*columns=*/2);
 /// storage.zero_gradients();

@@ -25,7 +25,9 @@ struct Embedded {
 };
 
 /// While it lives, each row of this thread's batches belongs to a task: for methods with tensors of each task
-/// (`MultitaskPromptOptions`). Example:
+/// (`MultitaskPromptOptions`).
+///
+/// Example:
 /// ```
 /// peft::TaskIds tasks(torch::tensor({0, 2}));
 /// auto logits = model->forward(batch_of_two).logits;

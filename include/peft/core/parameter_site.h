@@ -157,7 +157,9 @@ class AdaptedImpl<Parameter> : public internal::WeightSite {
 };
 
 /// `Module::load` of a module that holds sites for its own tensors: reads a checkpoint that may come from the
-/// plain module, so lack the adapters. Example:
+/// plain module, so lack the adapters.
+///
+/// Example:
 /// ```
 /// void load(torch::serialize::InputArchive& archive) override { peft::load_into(*this, archive); }
 /// ```
@@ -186,12 +188,14 @@ inline void load_into(nn::Module& module, torch::serialize::InputArchive& archiv
 }
 
 /// Registers `tensor` as a parameter of `module`, and a site for it as the child `<name>_adapters`; the
-/// site's path ends in `name`. Example:
+/// site's path ends in `name`.
+///
+/// Example:
 /// ```
 /// struct ExpertsImpl : nn::Module {
 ///   peft::Adapted<peft::Parameter> up = peft::register_parameter(*this, "up", torch::randn({8, 32, 16}));
-///   Tensor forward(const Tensor& x) { return torch::bmm(x, up().transpose(1, 2)); }  // (experts, tokens,
-///   in)
+///   // x: (experts, tokens, in)
+///   Tensor forward(const Tensor& x) { return torch::bmm(x, up().transpose(1, 2)); }
 /// };
 /// auto adapter = peft::add_adapter(*model, peft::LoraOptions(4), peft::named({"experts.up"}));
 /// ```

@@ -13,7 +13,9 @@
 
 namespace peft::internal {
 
-/// A list of complaints under one title. Example:
+/// A list of complaints under one title.
+///
+/// Example:
 /// ```
 /// Problems problems;
 /// if (rank < 1) problems.add("rank must be positive, but got 0");

@@ -224,7 +224,9 @@ class SiteImpl : public nn::Module {
 
   /// How often a model repeats its inputs: N under an active `Parallel` of N adapters, else 1. For a model's
   /// forward, inside its `ForwardScope`, before its other sites; outputs then have N · batch rows.
-  /// Throws: c10::Error for a Parallel outside any scope. Example:
+  /// Throws: c10::Error for a Parallel outside any scope.
+  ///
+  /// Example:
   /// ```
   /// const auto branches = words->branches();
   /// auto x = words->forward(branches > 1 ? ids.repeat({branches, 1}) : ids);

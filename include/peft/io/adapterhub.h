@@ -89,7 +89,9 @@ inline bool is_adapterhub(const std::filesystem::path& directory) {
 /// appears complete or not at all.
 ///
 /// Returns what a user should be told, a line each. Throws: c10::ValueError, before anything is written,
-/// listing what has no form in such files; c10::Error where a file cannot be written. Example:
+/// listing what has no form in such files; c10::Error where a file cannot be written.
+///
+/// Example:
 /// ```
 /// for (const auto& line : peft::save_adapterhub(*model, "topics", "out")) std::cerr << line << '\n';
 /// ```
@@ -176,7 +178,9 @@ inline std::vector<std::string> save_adapterhub(nn::Module& model, const std::st
 ///
 /// Throws: c10::Error listing all problems, the model unchanged: another model's files; tensors that are
 /// missing, not expected, of another shape or not of a floating type; values of the config out of range;
-/// methods this library does not have so (DoRA, VeRA, ReFT); what `add_adapter` throws. Example:
+/// methods this library does not have so (DoRA, VeRA, ReFT); what `add_adapter` throws.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::load_adapterhub(*model, "sts-b", "similarity");
 /// ```

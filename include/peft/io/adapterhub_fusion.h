@@ -129,10 +129,13 @@ inline void save_adapterhub_fusion(nn::Module& model, const std::string& name,
 /// on; then its adapters are. Draws nothing.
 ///
 /// `note` takes what a user should know, a line each. Throws: c10::Error listing all problems, the model
-/// unchanged: adapters the model does not have; what `load_adapterhub` throws. Example:
+/// unchanged: adapters the model does not have; what `load_adapterhub` throws.
+///
+/// Example:
 /// ```
-/// for (const char* task : {"mnli", "sst"}) peft::load_adapterhub(*model, std::string("adapters/") + task,
-/// task); auto fusion = peft::load_adapterhub_fusion(*model, "adapters/mnli,sst");
+/// peft::load_adapterhub(*model, "adapters/mnli", "mnli");
+/// peft::load_adapterhub(*model, "adapters/sst", "sst");
+/// auto fusion = peft::load_adapterhub_fusion(*model, "adapters/mnli,sst");
 /// ```
 inline Adapter load_adapterhub_fusion(
     nn::Module& model, const std::filesystem::path& directory, std::vector<std::string> adapters = {},

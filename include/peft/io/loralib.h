@@ -128,10 +128,12 @@ class LoralibFile {
 ///
 /// Throws: c10::ValueError listing all problems, the model unchanged: keys that are none of loralib's, layers
 /// that are not there or have other shapes, convolutions (another method in loralib), what `add_adapter`
-/// throws. Example:
+/// throws.
+///
+/// Example:
 /// ```
-/// auto adapter = peft::load_loralib(*model, "gpt2_lora.pt", peft::LoralibOptions(32).enable({true, false,
-/// true}));
+/// const auto options = peft::LoralibOptions(32).enable({true, false, true});
+/// auto adapter = peft::load_loralib(*model, "gpt2_lora.pt", options);
 /// ```
 inline Adapter load_loralib(nn::Module& model, const std::filesystem::path& file,
                             const LoralibOptions& options, const std::string& name = "default",

@@ -24,7 +24,9 @@ namespace peft {
 /// checkpoint's own copy of the base is left alone. Draws nothing.
 ///
 /// Throws: c10::ValueError listing all problems, the model unchanged: tensors that are missing, or of a shape
-/// that is not the model's; what `add_adapter` throws. Example:
+/// that is not the model's; what `add_adapter` throws.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::load_p_tuning_v2(*model, "checkpoints/rte-bert/pytorch_model.bin", "rte");
 /// ```

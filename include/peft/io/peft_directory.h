@@ -34,7 +34,9 @@ namespace peft {
 ///
 /// Returns what a user should be told, a line each: that Python cannot read it and why, what it is written
 /// as. Throws: c10::ValueError for an adapter that has no form on disk; c10::Error where a file cannot be
-/// written. Example:
+/// written.
+///
+/// Example:
 /// ```
 /// for (const auto& line : peft::save_adapter(adapter, "out")) std::cerr << line << '\n';
 /// ```
@@ -138,7 +140,9 @@ inline void print_note(const std::string& line) { std::cerr << line + "\n"; }
 ///
 /// Throws: c10::Error listing all problems, the model unchanged: tensors that are missing, not expected, of
 /// another shape or not of a floating type; values of the config out of range; features this library does not
-/// have; what `add_adapter` throws. Example:
+/// have; what `add_adapter` throws.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::load_adapter(*model, "out", "topics");
 /// ```

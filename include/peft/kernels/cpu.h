@@ -54,7 +54,9 @@ inline std::atomic<CpuLevel>& chosen_cpu_level() {
 inline CpuLevel cpu_level() { return chosen_cpu_level().load(std::memory_order_relaxed); }
 
 /// Lowers the level of all threads while it lives, for tests and benchmarks; one that the machine does not
-/// have becomes its highest. Example:
+/// have becomes its highest.
+///
+/// Example:
 /// ```
 /// const CpuLevelGuard guard(CpuLevel::scalar);
 /// ```

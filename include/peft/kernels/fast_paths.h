@@ -5,7 +5,9 @@ namespace peft {
 
 /// While one lives, methods on this thread use their fast forms (the default), or only the plain ones they
 /// are defined by: the same results but for rounding and the numbers dropout draws, which in the plain forms
-/// are torch's. For comparisons: tests, benchmarks, another library's draws. May be nested. Example:
+/// are torch's. For comparisons: tests, benchmarks, another library's draws. May be nested.
+///
+/// Example:
 /// ```
 /// const peft::FastPaths plain(false);
 /// const auto expected = model->forward(inputs).logits;

@@ -51,7 +51,9 @@ struct ProductOrder {
 }  // namespace internal
 
 /// While one lives, the fast paths of low-rank methods on this thread print in which order they compute their
-/// products, a line for every new shape. Example:
+/// products, a line for every new shape.
+///
+/// Example:
 /// ```
 /// peft::ProductOrderReport report(std::cerr);
 /// model->forward(inputs);

@@ -18,7 +18,9 @@
 
 namespace peft {
 
-/// Settings of `Dora`: those of the LoRA it learns directions with. Example:
+/// Settings of `Dora`: those of the LoRA it learns directions with.
+///
+/// Example:
 /// ```
 /// peft::add_adapter(*model, peft::DoraOptions(peft::LoraOptions(8).alpha(16)), peft::named({"query"}));
 /// ```

@@ -199,7 +199,9 @@ class EvaSearch {
 /// Throws: c10::ValueError for options out of range, a layer with fewer inputs than round(rho · rank), a mask
 /// of another size; c10::Error where the batches ended too early or an optimizer exists already. Paper: One
 /// Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation, arXiv 2410.07170,
-/// algorithm 1. Example:
+/// algorithm 1.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8).init(peft::LoraInit::eva), target);
 /// size_t next = 0;

@@ -110,7 +110,9 @@ inline std::vector<Tensor> fisher_information(nn::Module& model,
 /// adapters are off meanwhile. Before any optimizer is made.
 /// Throws: c10::ValueError for a ratio out of range or less than an entry, no examples, a loss that is not
 /// one finite number.
-/// Paper: Training Neural Networks with Fixed Sparse Masks, arXiv 2111.09839, eq. 5. Example:
+/// Paper: Training Neural Networks with Fixed Sparse Masks, arXiv 2111.09839, eq. 5.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::add_adapter(*model, peft::MaskedOptions(), peft::all().exclude({"classifier"}));
 /// size_t next = 0;

@@ -243,7 +243,9 @@ inline std::shared_ptr<Controller> make_controller(const FusionOptions&,
 
 /// Adds a fusion of bottleneck adapters on every join that one of them has a piece on, freezes the adapters,
 /// and makes Fuse(…) of them active. `name`: by default theirs with commas, as `Fuse` has it. Throws: what
-/// `add_adapter` and `set_active` throw. Example:
+/// `add_adapter` and `set_active` throw.
+///
+/// Example:
 /// ```
 /// auto fusion = peft::add_fusion(*model, peft::FusionOptions({"topics", "order"}));
 /// peft::AdamW optimizer(fusion, 5e-5);

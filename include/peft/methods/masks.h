@@ -123,7 +123,9 @@ inline Tensor numpy_randint(int64_t n, int64_t count) {
 
 /// Lets an adapter of `MaskedOptions` train the entries that `choose` says: of a layer's weight and bias, the
 /// masks of the same shapes, bool (undefined: nothing). A layer without any leaves the adapter. Before any
-/// optimizer is made. Throws: c10::ValueError where no entry is chosen or a mask does not fit. Example:
+/// optimizer is made. Throws: c10::ValueError where no entry is chosen or a mask does not fit.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::add_adapter(*model, peft::MaskedOptions(), peft::named({"query", "value"}));
 /// peft::initialize_masks(adapter, [](const peft::SiteInfo&, const peft::Weights& base) {

@@ -214,7 +214,9 @@ inline void set_active(nn::Module& model, const std::vector<std::string>& names)
 
 /// Makes the adapters of a composition active, each where it says. Throws: what `set_active` of a list
 /// throws, for each of its branches; for blocks that cannot stand in each other, or that a method on a site
-/// does not define, and for Parallels of different numbers of adapters. Example:
+/// does not define, and for Parallels of different numbers of adapters.
+///
+/// Example:
 /// ```
 /// peft::set_active(*model, peft::Stack("german", peft::Parallel("topics", "order")));
 /// auto logits = model->forward(inputs).logits;  // (2 · batch, labels), those of "topics" first

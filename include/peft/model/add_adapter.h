@@ -252,17 +252,21 @@ inline Adapter add_adapter(nn::Module& model, const std::vector<Part>& parts,
   return adapter;
 }
 
-/// Adds an adapter of one method. Example:
+/// Adds an adapter of one method.
+///
+/// Example:
 /// ```
-/// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8).alpha(16), peft::named({"query", "value"}),
-/// "topics");
+/// const auto target = peft::named({"query", "value"});
+/// auto adapter = peft::add_adapter(*model, peft::LoraOptions(8).alpha(16), target, "topics");
 /// ```
 template <MethodOptions Options>
 Adapter add_adapter(nn::Module& model, Options options, Target target, const std::string& name = "default") {
   return add_adapter(model, std::vector<Part>{on(std::move(options), std::move(target))}, name);
 }
 
-/// Adds an adapter of one method where its options say. Example:
+/// Adds an adapter of one method where its options say.
+///
+/// Example:
 /// ```
 /// auto adapter = peft::add_adapter(*model, peft::houlsby().reduction_factor(8), "topics");
 /// ```

@@ -44,7 +44,9 @@ inline std::vector<WeightedAdapter> normalized(std::vector<WeightedAdapter> adap
 /// Throws: c10::ValueError listing all problems, the model unchanged: options out of range; unknown adapters,
 /// one twice, a name that is taken; weights or tensors that are not finite; adapters of different methods,
 /// ranks, or sides of a layer; a method without an arithmetic; two heads on one layer; a merged model.
-/// Reference: Hugging Face PEFT 0.21.2, `LoraModel.add_weighted_adapter`. Example:
+/// Reference: Hugging Face PEFT 0.21.2, `LoraModel.add_weighted_adapter`.
+///
+/// Example:
 /// ```
 /// auto both = peft::combine(*model, {{"news", 0.7}, {"spam", -0.3}},
 ///                           peft::CombineOptions(peft::CombineType::ties).density(0.5), "both");

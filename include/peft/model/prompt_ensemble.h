@@ -16,7 +16,9 @@ namespace peft {
 
 /// Several prompts of one model, each an adapter (with a head of its own, if it has one), in one forward of a
 /// batch that holds every text once a prompt. Inference only.
-/// Paper: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691, §6. Example:
+/// Paper: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691, §6.
+///
+/// Example:
 /// ```
 /// peft::PromptEnsemble ensemble(*model, {"one", "two", "three"});
 /// auto logits = ensemble.forward(ids.size(0), [&] {

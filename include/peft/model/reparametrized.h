@@ -117,7 +117,9 @@ struct ModuleOf<Model> {
 /// on it, and throws if not; `check_on_path` does the same at any time. `may_skip` is for parts that some
 /// forwards leave out.
 ///
-/// `clone` needs a model that derives from nn::Cloneable. Example:
+/// `clone` needs a model that derives from nn::Cloneable.
+///
+/// Example:
 /// ```
 /// nn::TransformerEncoder encoder(nn::TransformerEncoderLayer(512, 8), 6);
 /// peft::Reparametrized model(encoder);
@@ -151,7 +153,9 @@ class ReparametrizedImpl
   }
 
   /// What `function` makes of the model on the effective weights. Throws: c10::Error for trained weights that
-  /// nothing was calculated with. Example:
+  /// nothing was calculated with.
+  ///
+  /// Example:
   /// ```
   /// auto code = model->run([&](NetImpl& net) { return net.encode(x); });
   /// ```

@@ -82,7 +82,9 @@ inline std::vector<std::string> bitfit_names(BitFitTerm term) {
 /// `query_proj`, `key_proj` and `value_proj` are the query, key and value. The task head trains whole,
 /// beside: `train_also`, and `.exclude` it where all biases train. The paper recommends query and
 /// intermediate. Throws: c10::ValueError for no terms, which is linear probing, or, in `add_adapter`, for a
-/// term that no layer of the model bears. Paper: arXiv 2106.10199. Example:
+/// term that no layer of the model bears. Paper: arXiv 2106.10199.
+///
+/// Example:
 /// ```
 /// using enum peft::BitFitTerm;
 /// auto adapter = peft::add_adapter(*model, peft::BiasOptions(), peft::bitfit({query, intermediate}));

@@ -69,7 +69,9 @@ using AdafactorGroup = GroupOf<AdafactorOptions>;
 /// Paper: Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, arXiv 1804.04235, algorithms 4 and
 /// 5; reference: transformers' Adafactor. torch.optim.Adafactor differs: its rate is min(lr, 1/√t), always
 /// times the parameter's scale, its decay lr·wd, ε1 (there the type's machine epsilon) bounds V instead of
-/// being added, and it has no `beta1`. Example:
+/// being added, and it has no `beta1`.
+///
+/// Example:
 /// ```
 /// peft::Adafactor optimizer(adapter, peft::AdafactorOptions(3e-3));  // T-Few's recipe
 /// peft::LinearSchedule schedule(optimizer, /*warmup=*/60, /*total=*/1000);

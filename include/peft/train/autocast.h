@@ -10,7 +10,9 @@ namespace peft {
 /// While it lives, operations on `device` run in `dtype` where that is safe: `torch.autocast`. May be nested,
 /// also to switch it off inside. Weights cast down are cached until the outermost one ends, so an optimizer's
 /// step belongs outside. Backward too. `dtype`: bfloat16, on a GPU also float16, which needs its loss scaled
-/// by the caller. Throws: c10::ValueError for another type. Example:
+/// by the caller. Throws: c10::ValueError for another type.
+///
+/// Example:
 /// ```
 /// Tensor loss;
 /// {

@@ -111,11 +111,14 @@ class ControllerStates {
 /// Writes all of a run to one safetensors file: the adapter's tensors, frozen ones too, the optimizer's and
 /// the schedule's state, the random number generators, the state of a gradient scaler where there is one, and
 /// the caller's `position` in the data, an opaque string such as JSON. The file appears complete or not at
-/// all. To be called between steps: gradients are not kept. Example:
+/// all. To be called between steps: gradients are not kept.
+///
+/// Example:
 /// ```
-/// peft::save_checkpoint("run/checkpoint.safetensors", adapter, optimizer, schedule,
-/// R"({"epoch":1,"batch":40})"); … const auto position = peft::load_checkpoint("run/checkpoint.safetensors",
-/// adapter, optimizer, schedule);
+/// const auto file = "run/checkpoint.safetensors";
+/// peft::save_checkpoint(file, adapter, optimizer, schedule, R"({"epoch":1,"batch":40})");
+/// …
+/// const auto position = peft::load_checkpoint(file, adapter, optimizer, schedule);
 /// ```
 inline void save_checkpoint(const std::filesystem::path& path, const Adapter& adapter,
                             const AdapterOptimizer& optimizer, const Schedule& schedule,

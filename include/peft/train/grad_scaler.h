@@ -40,7 +40,9 @@ struct GradScalerOptions {
 ///
 /// Throws: c10::ValueError for options out of range; c10::Error for steps out of order and gradients in
 /// float16, which belong to weights that should be in float32. Paper: Mixed Precision Training, arXiv
-/// 1710.03740, §3.2. Example:
+/// 1710.03740, §3.2.
+///
+/// Example:
 /// ```
 /// peft::GradScaler scaler;
 /// scaler.scale(loss).backward();

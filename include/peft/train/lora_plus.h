@@ -21,10 +21,12 @@ namespace peft {
 /// `ratio`: at least 1; the paper suggests 16.
 /// Throws: c10::ValueError for a ratio below 1 or a negative rate.
 /// Paper: LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354. Reference: Hugging Face
-/// PEFT's create_loraplus_optimizer. Example:
+/// PEFT's create_loraplus_optimizer.
+///
+/// Example:
 /// ```
-/// peft::AdamW optimizer(adapter, peft::lora_plus(adapter, torch::optim::AdamWOptions(2e-4).weight_decay(0),
-/// 16));
+/// const auto options = torch::optim::AdamWOptions(2e-4).weight_decay(0);
+/// peft::AdamW optimizer(adapter, peft::lora_plus(adapter, options, /*ratio=*/16));
 /// ```
 inline std::vector<ParameterGroup> lora_plus(const Adapter& adapter,
                                              const torch::optim::AdamWOptions& options, double ratio,

@@ -64,7 +64,9 @@ class AdamW : public AdapterOptimizer {
   /// Lets a CUDA graph hold the whole step: rates and step counters are read on the device, where
   /// `prepare_step` puts them, and `step` itself neither counts nor waits. Every parameter must have a
   /// gradient in every step. Throws: c10::Error for an adapter with a controller (AdaLoRA, IncreLoRA), which
-  /// decides on the host. Example:
+  /// decides on the host.
+  ///
+  /// Example:
   /// ```
   /// optimizer.capturable(true);
   /// optimizer.prepare_step();  // warm up, on the stream that is captured

@@ -20,7 +20,9 @@ namespace peft {
 /// The rates the groups have when it is made are the ones multiplied; the constructor sets those of k = 0.
 /// A group that joins an adapter's optimizer later, and begins the schedule anew, has a k of its own from 0
 /// and the steps that are left; one that does not keeps its rate. Works on any `torch::optim::Optimizer`,
-/// which must outlive it. Example:
+/// which must outlive it.
+///
+/// Example:
 /// ```
 /// peft::Schedule schedule(optimizer, [](int64_t k) { return 1.0 / static_cast<double>(1 + k); });
 /// optimizer.step();
