@@ -229,6 +229,20 @@ class WeightSite : public SiteImpl {
 
   bool keeps_original() const override { return kept_.has_value(); }
 
+  /// The weight as it was before a merge.
+  Tensor original_weight() const { return kept_ ? kept_->weight : base_weights().weight; }
+  /// Makes that of this site another's: the same memory, which here never trains.
+  void share_original(const WeightSite& owner) {
+    const auto weight = owner.original_weight().detach();
+    if (kept_) {
+      kept_->weight = weight;
+      return;
+    }
+    Tensor own = base_weights().weight;
+    own.set_data(weight);
+    own.set_requires_grad(false);
+  }
+
  protected:
   /// Copies adapters and the state of a merge.
   void copy_weight_site(const WeightSite& other) {

@@ -49,7 +49,7 @@ class TiedOutput : public nn::Cloneable<Derived> {
   std::shared_ptr<nn::Module> clone(const peft::internal::OptionalDevice& device = {}) const override {
     auto copy = nn::Cloneable<Derived>::clone(device);
     auto& model = *copy->template as<Derived>();
-    if (is_tied()) model.tie();
+    if (was_tied()) model.tie_originals();
     if (model.config.tie_word_embeddings()) model.output_layer()->tie_to(model.words().ptr());
     return copy;
   }
@@ -73,11 +73,17 @@ class TiedOutput : public nn::Cloneable<Derived> {
  private:
   Derived& self() const { return const_cast<Derived&>(static_cast<const Derived&>(*this)); }
   void tie() { peft::internal::tie(self().output_layer()->base->weight, self().words()->base->weight); }
+  /// The same of the two as they were before a merge.
+  bool was_tied() const {
+    return peft::internal::is_tied(self().output_layer()->original_weight(),
+                                   self().words()->original_weight());
+  }
+  void tie_originals() { self().output_layer()->share_original(*self().words()); }
   template <class Change>
   void tied_again(const Change& change) {
-    const bool tied = is_tied();
+    const bool tied = was_tied();
     change();
-    if (tied) tie();
+    if (tied) tie_originals();
   }
 };
 
