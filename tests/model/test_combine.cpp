@@ -290,6 +290,30 @@ TEST_CASE("cat and exact add products up without cross terms, whatever the ranks
   }
 }
 
+TEST_CASE("the parts of an attention have one rank in a sum", "[combine]") {
+  struct BlockImpl : nn::Module {
+    peft::MultiheadAttention attn = register_module("attn", peft::MultiheadAttention(8, 2));
+    peft::Linear head = register_module("head", peft::Linear(8, 8));
+  };
+  torch::manual_seed(3);
+  BlockImpl net;
+  net.to(torch::kFloat64);
+  const auto a = shaken(net, LoraOptions(1).alpha(3), {"attn", "head"}, "a");
+  const auto b = shaken(net, LoraOptions(2), {"attn.in_proj", "head"}, "b");
+  const auto options = GENERATE(CombineOptions(CombineType::exact), CombineOptions(CombineType::cat),
+                                CombineOptions(CombineType::svd).rank(12));
+  INFO(peft::to_string(options.type()));
+  const auto both = peft::combine(net, {{"a", 0.5}, {"b", -0.25}}, options, "both");
+  CHECK(both.sites() == Paths{"attn.in_proj", "attn.out_proj", "head"});
+  for (const auto* site : {"attn.in_proj", "head"}) {
+    INFO(site);
+    CHECK(largest(change(both, site), 0.5 * change(a, site) - 0.25 * change(b, site)) < 1e-10);
+  }
+  CHECK(largest(change(both, "attn.out_proj"), 0.5 * change(a, "attn.out_proj")) < 1e-10);
+  CHECK(piece<peft::LoraImpl>(both, "attn.out_proj")->rank ==
+        piece<peft::LoraImpl>(both, "attn.in_proj")->rank);
+}
+
 TEST_CASE("combine leaves base and sources alone, and attaches without activating", "[combine]") {
   auto net = make_net();
   const auto a = shaken(*net, LoraOptions(2), {"query"}, "a");

@@ -215,20 +215,21 @@ class Combination {
     std::map<std::string, int64_t> ranks;
     for (const auto& terms : terms_) {
       if (std::dynamic_pointer_cast<LoraImpl>(terms.list.front().piece)) {
-        ranks[terms.site->path()] = combined_rank(factors_of_terms(terms), recipe_);
+        auto& rank = ranks[terms.site->info().target()];
+        rank = std::max(rank, combined_rank(factors_of_terms(terms), recipe_));
       }
     }
     if (type == CombineType::exact) {
-      for (const auto& [path, rank] : ranks) recipe_.rank = std::max(recipe_.rank, rank);
+      for (const auto& [target, rank] : ranks) recipe_.rank = std::max(recipe_.rank, rank);
     }
     recipe_.lora = LoraOptions(recipe_.rank)
                        .alpha(static_cast<double>(recipe_.rank))
                        .dropout(first->options.dropout())
                        .lora_bias(bias);
     if (is_plain(first->options.init())) recipe_.lora.init(first->options.init());
-    for (const auto& [path, rank] : ranks) {
+    for (const auto& [target, rank] : ranks) {
       if (rank == recipe_.rank) continue;
-      const auto pattern = "^" + std::regex_replace(path, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+      const auto pattern = "^" + std::regex_replace(target, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
       recipe_.lora.rank_pattern().emplace_back(pattern, rank);
       recipe_.lora.alpha_pattern().emplace_back(pattern, static_cast<double>(rank));
     }

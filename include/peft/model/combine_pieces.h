@@ -110,7 +110,19 @@ inline Factors factors_of(const PieceImpl& piece) {
           lora.lora_B_bias.defined() ? lora.lora_B_bias.detach() : Tensor(), lora.scaling()};
 }
 
-/// Both stacked, for each group of a convolution apart: Σ w_i ΔW_i. `rank` zero rows at least.
+/// The same with zeros up to a rank.
+inline Factors padded(const Factors& factors, int64_t rank) {
+  const auto missing = rank - factors.rank();
+  if (missing <= 0) return factors;
+  const auto pad = [missing](const Tensor& tensor, int64_t axis) {
+    auto shape = tensor.sizes().vec();
+    shape[static_cast<size_t>(axis)] = missing;
+    return torch::cat({tensor, torch::zeros(shape, tensor.options())}, axis);
+  };
+  return {pad(factors.A, 0), pad(factors.B, 1), factors.bias, factors.scaling};
+}
+
+/// Both stacked, for each group of a convolution apart: Σ w_i ΔW_i. Of `rank` at least.
 inline Factors stack_factors(const std::vector<Factors>& terms, const std::vector<double>& weights,
                              int64_t rank) {
   const auto groups = terms.front().groups();
@@ -122,15 +134,7 @@ inline Factors stack_factors(const std::vector<Factors>& terms, const std::vecto
     A.push_back((terms[i].A * (weights[i] * terms[i].scaling)).view(shape));
     B.push_back(terms[i].B);
   }
-  Factors result{torch::cat(A, 1).flatten(0, 1), torch::cat(B, 1), {}};
-  const auto missing = rank - result.rank();
-  if (missing <= 0) return result;
-  const auto pad = [missing](const Tensor& tensor, int64_t axis) {
-    auto shape = tensor.sizes().vec();
-    shape[static_cast<size_t>(axis)] = missing;
-    return torch::cat({tensor, torch::zeros(shape, tensor.options())}, axis);
-  };
-  return {pad(result.A, 0), pad(result.B, 1), {}};
+  return padded({torch::cat(A, 1).flatten(0, 1), torch::cat(B, 1), {}}, rank);
 }
 
 /// ΔW in the memory order the reference has it in, which is the order of its random draws.
@@ -244,8 +248,10 @@ inline std::string mismatch(const LoraImpl&, const Terms& terms, const Recipe& r
 }
 
 inline std::shared_ptr<PieceImpl> sum(const LoraImpl& first, const Terms& terms, const Recipe& recipe) {
-  const auto factors = combined_factors(terms, recipe);
   auto result = std::make_shared<LoraImpl>(recipe.lora, first.site());
+  // The parts of a module have one rank, the largest of theirs.
+  const auto factors = padded(combined_factors(terms, recipe), result->lora_A.size(0));
+  TORCH_INTERNAL_ASSERT(factors.A.sizes() == result->lora_A.sizes());
   result->to(first.lora_A.device(), first.lora_A.scalar_type());
   result->lora_A.copy_(factors.A);
   result->lora_B.copy_(factors.B);
