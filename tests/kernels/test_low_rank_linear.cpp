@@ -290,6 +290,9 @@ TEST_CASE("The order of a low-rank layer's products follows their cost, and chan
   CHECK(error(random({40, 6}), {few}) < 1e-11);
   CHECK(error(trained({40, 6}), both) < 1e-11);
   CHECK(error(trained({40, 6}), mixed_orders) < 1e-11);
+  auto frozen = layer(6, 100, 2, false, false);
+  for (auto* factor : {&frozen.term->A, &frozen.term->B}) factor->set_requires_grad(false);
+  CHECK(error(trained({40, 6}), {frozen}) < 1e-11);
   CHECK(error(trained({200, 5}), {full}) < 1e-11);
   CHECK(error(random({200, 5}), {full}) < 1e-11);
   // One output of two used, after memory was kept from a larger layer.

@@ -6,6 +6,7 @@
 #include "peft/methods/dora.h"
 #include "peft/methods/ia3.h"
 #include "peft/model/reparametrized.h"
+#include "peft/train/autocast.h"
 
 using namespace suite;
 using peft::DoraOptions;
@@ -390,6 +391,23 @@ TEST_CASE("DoRA measures its rows anew only when they changed", "[dora]") {
   } else {
     run(peft::Linear(6, 4), peft::Linear(6, 4));
   }
+}
+
+TEST_CASE("DoRA measures its rows exactly under autocast", "[dora]") {
+  torch::manual_seed(7);
+  const auto run = [](auto site, const Tensor& x) {
+    shake(peft::add_adapter(*site, DoraOptions(2), peft::all()));
+    site->base->weight.requires_grad_(false);
+    const auto fresh = std::dynamic_pointer_cast<typename decltype(site)::Impl>(site->clone());
+    const auto expected = fresh->forward(x);
+    {
+      const peft::Autocast autocast(torch::kCPU, torch::kBFloat16);
+      CHECK(largest(site->forward(x).to(torch::kFloat32), expected) < 0.05);
+    }
+    CHECK(largest(site->forward(x), expected) < 1e-6);  // the norm that was kept
+  };
+  run(peft::Linear(6, 4), torch::randn({3, 6}));
+  run(peft::Conv2d(nn::Conv2dOptions(2, 4, 3)), torch::randn({2, 2, 5, 5}));
 }
 
 TEST_CASE("DoRA runs in inference mode before and after training", "[dora]") {

@@ -477,6 +477,8 @@ TEST_CASE("NF4 rounds as bitsandbytes does, a short last block included", "[lora
   check_values(peft::internal::nf4_round_trip(uneven).narrow(0, 64, 5),
                {-0.12992786, 0.11117411, -0.329, -0.060790457, 0.18510099}, 1e-7);
   CHECK(peft::internal::nf4_round_trip(torch::zeros({66})).abs().max().item<float>() == 0);
+  CHECK(peft::internal::nf4_round_trip(torch::tensor({1.0F, 0.07958029955625534F / 2}))
+            .equal(torch::tensor({1.0F, 0.0F})));
 }
 
 TEST_CASE("A start that is taken out of the base is not dropped with the input", "[lora][init]") {

@@ -317,7 +317,9 @@ class LowRankLinearNode final : public torch::autograd::Node {
       const auto z = empty_thin(T, type, A_, layers_.front().out);
       if (!complete) Tensor(z).zero_();
       each(parts, [&](size_t, const Part& part, int64_t first) {
-        thin_inner(columns(z, first, part.layer.rank), part.g, part.layer.turned_B, part.layer.scale);
+        // Of factors that do not train a merged forward has turned none.
+        const auto B = part.layer.turned_B.defined() ? part.layer.turned_B : turned_B(part.B, T);
+        thin_inner(columns(z, first, part.layer.rank), part.g, B, part.layer.scale);
       });
       if (drops) {
         through_dropout(parts, x, z, dx, dA, A_);

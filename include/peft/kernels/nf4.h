@@ -39,7 +39,8 @@ inline Tensor nf4_round_trip(const Tensor& weight) {
       torch::tensor(c10::ArrayRef<float>(nf4_values.data(), nf4_values.size()), torch::kFloat32)
           .to(flat.device());
   const auto middles = (values.slice(0, 0, 15) + values.slice(0, 1, 16)) / 2;
-  const auto codes = at::bucketize(padded / largest, middles, /*out_int32=*/false, /*right=*/true);
+  // What lies in the middle of two takes the lower one.
+  const auto codes = at::bucketize(padded / largest, middles, /*out_int32=*/false, /*right=*/false);
   return (values.index_select(0, codes.view(-1)).view_as(padded) * largest)
       .view(-1)
       .narrow(0, 0, flat.numel())

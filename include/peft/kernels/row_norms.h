@@ -1,6 +1,8 @@
 // Row norms: the length of each row of W + s B A, without the sum.
 #pragma once
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -11,7 +13,8 @@
 namespace peft::internal {
 
 /// ‖W_j + s (B A)_j‖ for each row j, from ‖W_j‖² + 2 s B_j · (A Wᵀ)_j + s² B_j (A Aᵀ) B_jᵀ, whose first term
-/// is kept until W changes: W is read once, and nothing of its size is written. In float or double; the terms
+/// is kept until W changes: W is read once, and nothing of its size is written. In float or double, under
+/// autocast too; the terms
 /// are added up in double. Where a row is shorter than W's own the error grows with (‖W_j‖ / ‖V_j‖)²; on
 /// the CPU rows shorter than a quarter of it make all be measured as they are, so that the error stays below
 /// 1e-6.
@@ -28,6 +31,7 @@ class RowNorms {
 
   Tensor of(const Tensor& W, const Tensor& A, const Tensor& B, double s) const {
     const torch::NoGradGuard no_grad;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto own = squares_.of({W}, 0, [&] {
       return at::linalg_vector_norm(W, 2, at::IntArrayRef{1}, false, torch::kFloat64).square_();
     });

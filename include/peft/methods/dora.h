@@ -1,6 +1,7 @@
 // DoRA: learns the length of each row of W + ΔW apart from its direction.
 #pragma once
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/arg.h>
 
 #include <memory>
@@ -114,6 +115,7 @@ class DoraImpl : public Piece<DoraImpl, DoraOptions> {
   /// ‖W + ΔW‖ for each output, of the untouched W.
   Tensor norm(const LayerView& base) const {
     torch::NoGradGuard no_grad;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // it may be kept
     const auto W = start_weight(base);
     const auto V = W + lora->delta(base).to(W.device());
     std::vector<int64_t> inputs;
