@@ -79,6 +79,28 @@ TEST_CASE("LoRA+ groups parameters as Hugging Face's optimizer", "[lora_plus]") 
   }
 }
 
+TEST_CASE("LoRA+ has a group for what pieces share", "[lora_plus]") {
+  torch::manual_seed(1);
+  peft::models::BertModel model(
+      peft::models::BertConfig().vocab_size(9).hidden_size(8).num_hidden_layers(1).num_attention_heads(2));
+  const auto adapter =
+      peft::add_adapter(*model, {peft::on(peft::LoraOptions(2), peft::named({"query"})),
+                                 peft::on(peft::PrefixOptions(3).projection(true).hidden_width(4))});
+  const auto groups = peft::lora_plus(adapter, torch::optim::AdamWOptions(1e-3).weight_decay(0.05), 16);
+  REQUIRE(groups.size() == 3);
+  size_t placed = 0;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    for (const auto& [name, tensor] : adapter.named_parameters()) {
+      if (!groups[i].matches(name)) continue;
+      ++placed;
+      const bool shared = name.find("shared.") != std::string::npos;
+      if (shared) CHECK(i == (tensor.dim() == 1 ? 2 : 0));
+    }
+  }
+  CHECK(placed == adapter.named_parameters().size());
+  CHECK(group(adapter, groups, 2, 0.016, 0).size() > 0);
+}
+
 TEST_CASE("LoRA+ trains B faster, and names what is out of range", "[lora_plus]") {
   torch::manual_seed(1);
   Net net;

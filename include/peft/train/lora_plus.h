@@ -26,7 +26,7 @@ namespace peft {
 /// Example:
 /// ```
 /// const auto options = torch::optim::AdamWOptions(2e-4).weight_decay(0);
-/// peft::AdamW optimizer(adapter, peft::lora_plus(adapter, options, /*ratio=*/16));
+/// peft::AdamW optimizer(adapter, peft::lora_plus(adapter, options, /*ratio=*/16), options);
 /// ```
 inline std::vector<ParameterGroup> lora_plus(const Adapter& adapter,
                                              const torch::optim::AdamWOptions& options, double ratio,
@@ -50,6 +50,13 @@ inline std::vector<ParameterGroup> lora_plus(const Adapter& adapter,
                                                                             : fast;
       group.insert(prefix + item.key());
     }
+  }
+  for (const auto& [name, tensor] : adapter.named_parameters()) {  // what pieces share
+    const bool is_placed =
+        rest.count(name) || embeddings.count(name) || fast.count(name) || fast_undecayed.count(name);
+    if (is_placed) continue;
+    const bool is_bias = name.find("bias") != std::string::npos;
+    (tensor.dim() != 1 ? rest : is_bias ? fast_undecayed : fast).insert(name);
   }
   std::vector<ParameterGroup> groups;
   const auto add = [&](std::set<std::string> names, double rate, bool decays) {
