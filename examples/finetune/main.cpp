@@ -106,8 +106,9 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
       ->capture_default_str();
   app.add_option("--head-lr", options.head_rate, "learning rate of the task head (default: --lr)")
       ->check(not_negative);
-  app.add_option("--optimizer", options.optimizer, "adamw or adafactor")
-      ->check(CLI::IsMember({"adamw", "adafactor"}))
+  app.add_option("--optimizer", options.optimizer,
+                 "adamw, adafactor, or adamw_hf: transformers' former AdamW, which many papers used")
+      ->check(CLI::IsMember({"adamw", "adamw_hf", "adafactor"}))
       ->capture_default_str();
   app.add_option("--schedule", options.schedule, "constant, linear or cosine")
       ->check(CLI::IsMember({"constant", "linear", "cosine"}))

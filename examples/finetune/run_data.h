@@ -33,6 +33,7 @@ struct TrainOptions {
   std::string optimizer = "adamw", schedule = "linear";
   double warmup = 0;  ///< steps; below 1 a part of all
   double weight_decay = 0.01, clip = 1.0, dropout = 0;
+  double eps = 1e-8;  ///< of AdamW
   Pooling pooling = Pooling::cls;
   bool pooling_given = false;  ///< else that of `init_adapter`, if it says
   uint64_t seed = 0;

@@ -159,7 +159,7 @@ inline std::unique_ptr<peft::AdapterOptimizer> make_optimizer(const peft::Adapte
                                                               const TrainOptions& options, double rate,
                                                               std::optional<double> lora_plus) {
   const auto with = [&](double lr) {
-    return torch::optim::AdamWOptions(lr).weight_decay(options.weight_decay);
+    return torch::optim::AdamWOptions(lr).weight_decay(options.weight_decay).eps(options.eps);
   };
   std::vector<peft::ParameterGroup> groups;
   const auto named = trained.named_parameters();
@@ -183,7 +183,14 @@ inline std::unique_ptr<peft::AdapterOptimizer> make_optimizer(const peft::Adapte
     for (const auto& group : groups) own.push_back({group.matches, adafactor(group.options)});
     return std::make_unique<peft::Adafactor>(trained, own, adafactor(with(rate)), options.clip);
   }
-  return std::make_unique<peft::AdamW>(trained, groups, with(rate), options.clip);
+  auto adamw = std::make_unique<peft::AdamW>(trained, groups, with(rate), options.clip);
+  if (options.optimizer == "adamw_hf") {
+    // As transformers' Trainer had it: what it calls biases and norms does not decay.
+    adamw->form(peft::AdamWForm::transformers).no_decay([](const std::string& name) {
+      return name.find("bias") != std::string::npos || name.find("LayerNorm") != std::string::npos;
+    });
+  }
+  return adamw;
 }
 
 /// Steps of warm-up of a run of `total`.

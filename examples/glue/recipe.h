@@ -32,23 +32,30 @@ struct Recipe {
   std::optional<double> head_dropout;   ///< absent: as `dropout`
   bool pooler = false;                  ///< of a BERT, trains with the classifier, as part of the head
   std::string schedule = "linear";
+  std::string optimizer = "adamw";  ///< as `peft-finetune --optimizer` has it
+  double eps = 1e-8;
 
+  /// What differs from a default that was not always there is left out while it does not, for the cells that
+  /// are kept.
   nlohmann::ordered_json to_json() const {
     const auto number = [](const std::optional<double>& value) {
       return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json();
     };
-    return {{"method", method},
-            {"lr", rate},
-            {"epochs", epochs},
-            {"batch_size", batch_size},
-            {"max_length", max_length},
-            {"warmup", warmup},
-            {"weight_decay", weight_decay},
-            {"clip", clip},
-            {"dropout", number(dropout)},
-            {"head_dropout", number(head_dropout)},
-            {"pooler", pooler},
-            {"schedule", schedule}};
+    nlohmann::ordered_json json{{"method", method},
+                                {"lr", rate},
+                                {"epochs", epochs},
+                                {"batch_size", batch_size},
+                                {"max_length", max_length},
+                                {"warmup", warmup},
+                                {"weight_decay", weight_decay},
+                                {"clip", clip},
+                                {"dropout", number(dropout)},
+                                {"head_dropout", number(head_dropout)},
+                                {"pooler", pooler},
+                                {"schedule", schedule}};
+    if (optimizer != "adamw") json["optimizer"] = optimizer;
+    if (eps != 1e-8) json["eps"] = eps;
+    return json;
   }
 };
 
@@ -102,6 +109,7 @@ inline std::optional<Recipe> published_lora(const std::string& task) {
   recipe.warmup = 0.06;
   recipe.weight_decay = 0.1;
   recipe.dropout = std::nullopt;
+  recipe.optimizer = "adamw_hf";
   return recipe;
 }
 
@@ -119,6 +127,7 @@ struct DebertaRow {
     result.weight_decay = weight_decay;
     result.dropout = std::nullopt;
     result.head_dropout = head_dropout;
+    result.optimizer = "adamw_hf";
     return result;
   }
 };
@@ -155,7 +164,8 @@ inline std::optional<Recipe> published_adalora(const std::string& task) {
       row.rate, row.epochs, row.warmup);
 }
 
-/// IncreLoRA on DeBERTaV3-base, its rank 2 or 8. Paper: IncreLoRA, arXiv 2308.12043; its scripts.
+/// IncreLoRA on DeBERTaV3-base, its rank 2 or 8; the relative positions see the base alone, as in its code.
+/// Paper: IncreLoRA, arXiv 2308.12043; its scripts.
 inline std::optional<Recipe> published_increlora(const std::string& task, std::int64_t rank) {
   struct Row {
     std::int64_t interval, epochs;
@@ -180,7 +190,7 @@ inline std::optional<Recipe> published_increlora(const std::string& task, std::i
   const auto& shared = deberta_rows().at(task);
   return shared.recipe(
       fmt::format("increlora:target_rank={},rank=1,incre_rank_num={},top_h={},init_warmup={},"
-                  "incre_interval={},alpha={},reg_orth_coef={},dropout={},{}",
+                  "incre_interval={},alpha={},reg_orth_coef={},dropout={},adapt_positions=false,{}",
                   rank, wide ? row.wide_step : 1, wide ? row.wide_top_h : row.top_h, row.interval,
                   row.interval, shared.alpha, shared.orthogonality, wide ? row.wide_dropout : row.dropout,
                   block_matrices),
@@ -195,6 +205,8 @@ inline Recipe published_bitfit() {
   recipe.batch_size = 8;
   recipe.dropout = std::nullopt;
   recipe.schedule = "constant";
+  recipe.optimizer = "adamw_hf";
+  recipe.eps = 1e-6;
   return recipe;
 }
 
@@ -206,6 +218,7 @@ inline Recipe published_adapter(bool houlsby) {
   recipe.epochs = houlsby ? 20 : 30;
   recipe.warmup = houlsby ? 0.1 : 0;
   recipe.dropout = std::nullopt;
+  if (!houlsby) recipe.optimizer = "adamw_hf";
   return recipe;
 }
 

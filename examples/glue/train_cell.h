@@ -88,6 +88,8 @@ inline finetune::TrainOptions options_of(const Recipe& recipe) {
   options.warmup = recipe.warmup;
   options.weight_decay = recipe.weight_decay;
   options.clip = recipe.clip;
+  options.optimizer = recipe.optimizer;
+  options.eps = recipe.eps;
   return options;
 }
 

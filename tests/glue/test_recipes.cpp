@@ -40,6 +40,10 @@ TEST_CASE("a published recipe is asked for by name, and refused where there is n
       Contains("init_rank=2,target_rank=1,tinit=600,tfinal=1800,delta_t=1,alpha=32,orth_reg_weight=0.3"));
   CHECK_THAT(glue::published_recipe("increlora-8", "QNLI")->method,
              Contains("target_rank=8,rank=1,incre_rank_num=4,top_h=22,init_warmup=500"));
+  CHECK_THAT(glue::published_recipe("increlora", "RTE")->method, Contains("adapt_positions=false"));
+  CHECK(glue::published_recipe("bitfit", "RTE")->to_json()["eps"] == 1e-6);
+  CHECK(glue::published_recipe("lora", "RTE")->to_json()["optimizer"] == "adamw_hf");
+  CHECK_FALSE(glue::default_recipe("lora").to_json().contains("optimizer"));
   CHECK(glue::published_recipe("lora", "CoLA")->epochs == 80);
   CHECK_THROWS_WITH(glue::published_recipe("ia3", "RTE"), Contains("no published recipe of ia3; nearest"));
 }
