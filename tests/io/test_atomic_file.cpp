@@ -133,19 +133,23 @@ TEST_CASE("A file that grows too large is an error and leaves nothing", "[atomic
 
 TEST_CASE("What a killed process left is removed, what a running one writes is not", "[atomic_file]") {
   const TemporaryFolder folder;
-  const auto dead = ".a.txt.tmp-" + std::to_string(ended_process());
-  const auto alive = ".a.txt.tmp-" + std::to_string(::getppid());
-  write_bytes(folder / dead, "");
-  write_bytes(folder / (dead + "-1"), "");
+  const auto here = "@" + peft::internal::host_name();
+  const auto dead = ".a.txt.tmp-" + std::to_string(ended_process()), again = dead + "-1" + here;
+  const auto foreign = dead + "@elsewhere";  // whose processes cannot be asked for
+  const auto alive = ".a.txt.tmp-" + std::to_string(::getppid()) + here;
+  write_bytes(folder / (dead + here), "");
+  write_bytes(folder / again, "");
+  write_bytes(folder / foreign, "");
   write_bytes(folder / alive, "");
   write_bytes(folder / ".a.txt.tmp-mine", "");
   peft::write_file(folder / "a.txt", "x");
-  CHECK_FALSE(fs::exists(folder / dead));
-  CHECK_FALSE(fs::exists(folder / (dead + "-1")));
+  CHECK_FALSE(fs::exists(folder / (dead + here)));
+  CHECK_FALSE(fs::exists(folder / again));
+  CHECK(fs::exists(folder / foreign));
   CHECK(fs::exists(folder / alive));
   CHECK(fs::exists(folder / ".a.txt.tmp-mine"));
 
-  fs::create_directories(folder / (".out.tmp-" + std::to_string(ended_process())) / "half");
+  fs::create_directories(folder / (".out.tmp-" + std::to_string(ended_process()) + here) / "half");
   const auto before = folder.count();
   StagedDirectory::recover(folder / "out");
   CHECK(folder.count() == before - 1);

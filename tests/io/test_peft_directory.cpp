@@ -290,11 +290,12 @@ TEST_CASE("Several adapters lie in Python PEFT's sub-directories", "[peft_direct
   CHECK(shapes_of(folder / "out").size() == 2);
   CHECK(shapes_of(folder / "out/second").at("v.lora_A.weight") == std::vector<int64_t>{3, 8});
 
-  std::filesystem::remove(folder / "out/adapter_config.json");  // then a name means the folder below
   auto other = toy();
-  load(other, folder / "out", nullptr, "second");
+  CHECK(load(other, folder / "out", nullptr, "second").sites() == Strings{"v"});
   peft::set_active(*model, {"second"});
   CHECK(same(other->forward(ids()), model->forward(ids())));
+  CHECK(load(other, folder / "out", nullptr, "first").sites() == Strings{"q"});
+  std::filesystem::remove(folder / "out/adapter_config.json");
   CHECK_THAT(refusal_of(other, folder / "out"), Contains("out/adapter_config.json' is missing"));
   CHECK_THAT(refusal_of(other, folder / "none"),
              Contains("none' must be an adapter's folder, but there is none"));
@@ -463,6 +464,16 @@ TEST_CASE("Broken and missing files are named", "[peft_directory]") {
   }
 }
 
+TEST_CASE("A config that nests without end is refused", "[peft_directory]") {
+  const TemporaryFolder folder;
+  auto model = toy();
+  peft::save_adapter(peft::add_adapter(*model, peft::LoraOptions(2), peft::named({"q"})), folder / "out");
+  const std::string open(200'000, '['), close(200'000, ']');
+  write_bytes(folder / "out" / "adapter_config.json", R"({"peft_type": "LORA", "r": )" + open + close + "}");
+  auto other = toy();
+  CHECK_THAT(refusal_of(other, folder / "out"), Contains("nests its values more than 100 deep"));
+}
+
 TEST_CASE("Unknown keys are noted and absent ones have Python PEFT's defaults", "[peft_directory]") {
   const TemporaryFolder folder;
   const auto out = folder / "out";
@@ -601,6 +612,60 @@ TEST_CASE("Targets are written in the shortest words that mean the same in Pytho
   }
 }
 
+TEST_CASE("Whole paths that are the ends of others are written as an expression", "[peft_directory]") {
+  struct Teacher : torch::nn::Module {
+    peft_test::ToyEncoder encoder = register_module("encoder", peft_test::ToyEncoder());
+  };
+  struct Pair : torch::nn::Module {
+    peft_test::ToyEncoder encoder = register_module("encoder", peft_test::ToyEncoder());
+    std::shared_ptr<Teacher> teacher = register_module("teacher", std::make_shared<Teacher>());
+  };
+  const TemporaryFolder folder;
+  Pair model, other;
+  const auto adapter =
+      peft::add_adapter(model, peft::LoraOptions(2), peft::named({"fc"}).exclude({"teacher"}));
+  CHECK(peft::save_adapter(adapter, folder / "out").empty());
+  CHECK(config_of(folder / "out")["target_modules"] ==
+        R"(encoder\.blocks\.0\.fc|encoder\.blocks\.1\.fc|encoder\.blocks\.2\.fc)");
+  CHECK(peft::load_adapter(other, folder / "out").sites() == adapter.sites());
+}
+
+TEST_CASE("Biases of plain layers are asked for only where the file has them", "[peft_directory]") {
+  struct Net : torch::nn::Module {
+    peft::Conv2d conv = register_module("conv", peft::Conv2d(torch::nn::Conv2dOptions(2, 4, 3)));
+    torch::nn::BatchNorm2d bn = register_module("bn", torch::nn::BatchNorm2d(4));
+  };
+  const TemporaryFolder folder;
+  Net model, other;
+  const auto adapter = peft::add_adapter(model, {peft::on(peft::LoraOptions(2), peft::named({"conv"})),
+                                                 peft::on(peft::BiasOptions(), peft::all())});
+  CHECK(peft::save_adapter(adapter, folder / "out").empty());
+  CHECK(config_of(folder / "out")["bias"] == "all");
+  CHECK(peft::load_adapter(other, folder / "out").count() == 0);
+  CHECK(same(other.conv->delta("default").weight, model.conv->delta("default").weight));
+  change_tensors(folder / "out",
+                 [](auto& tensors) { tensors["base_model.model.bn.bias"] = torch::ones({4}); });
+  CHECK_THROWS_WITH(peft::load_adapter(other, folder / "out", "second"),
+                    Contains("'bias' \"all\" means 'bn', which is a plain torch::nn::BatchNorm2dImpl"));
+}
+
+TEST_CASE("A pattern that matches no layer is refused, and noted where a file has it", "[peft_directory]") {
+  const TemporaryFolder folder;
+  auto model = toy(), other = toy();
+  const auto wrong = peft::LoraOptions(2).alpha_pattern({{"qq", 32.0}});
+  CHECK_THROWS_WITH(peft::add_adapter(*model, wrong, peft::named({"q"})),
+                    Contains("the pattern 'qq' of 'lora' matches none of its layers; closest: 'q'"));
+  const auto shared = peft::LoraOptions(2).alpha_pattern({{"v", 32.0}});  // of one part
+  const auto adapter =
+      peft::add_adapter(*model, {peft::on(shared, peft::named({"q"})), peft::on(shared, peft::named({"v"}))});
+  CHECK(adapter.layers<peft::LoraImpl>().at(1)->alpha == 32);
+  peft::save_adapter(adapter, folder / "out");
+  change_config(folder / "out", [](auto& json) { json["alpha_pattern"]["qq"] = 32; });
+  Strings notes;
+  load(other, folder / "out", &notes);
+  CHECK(notes == Strings{"adapter_config.json: the pattern 'qq' matches no layer"});
+}
+
 TEST_CASE("Patterns whose order decides are written as whole paths", "[peft_directory]") {
   const TemporaryFolder folder;
   auto model = toy();
@@ -679,6 +744,11 @@ TEST_CASE("What Python PEFT has no words for is written in a form of our own", "
     check(peft::add_adapter(*model, {peft::on(peft::LoraOptions(2), peft::named({"q"})),
                                      peft::on(peft::BiasOptions(), peft::named({"v"}))}),
           "BIAS", "the biases it trains are neither");
+  }
+  SECTION("a saved layer whose path ends another's") {
+    check(peft::add_adapter(*model, {peft::on(peft::LoraOptions(2), peft::named({"q"})),
+                                     peft::on(peft::ReplaceOptions(), peft::named({"v"}))}),
+          "REPLACE", "Python would save 'conv' too");
   }
   SECTION("a LoRA on a layer of its own") {
     check(peft::add_adapter(*model, {peft::on(peft::LoraOptions(2), peft::named({"q"})),

@@ -5,6 +5,7 @@
 #include "catch.h"
 #include "io/temporary_folder.h"
 #include "models/tiny_bert.h"
+#include "models/tiny_encoder.h"
 #include "peft/io/p_tuning_v2.h"
 #include "peft/io/peft_directory.h"
 #include "peft/methods/prefix.h"
@@ -155,6 +156,10 @@ TEST_CASE("A checkpoint of P-tuning v2's authors is read", "[prefix]") {
         peft::load_p_tuning_v2(*deeper, folder / "model.safetensors"),
         Contains(projection ? "'prefix_encoder.trans.2.weight' expected (48, 5), but got (32, 5)"
                             : "'prefix_encoder.embedding.weight' expected (2, 48), but got"));
+    peft::models::RobertaForSequenceClassification containing(tiny_roberta());
+    CHECK_THROWS_WITH(
+        peft::load_p_tuning_v2(*containing, folder / "model.safetensors"),
+        Contains("'classifier.weight' is the head that was trained, one layer, but the model's"));
     tensors.erase("prefix_encoder.embedding.weight");
     peft::save_safetensors(folder / "model.safetensors", tensors);
     CHECK_THROWS_WITH(peft::load_p_tuning_v2(*other, folder / "model.safetensors", "again"),

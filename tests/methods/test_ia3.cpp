@@ -217,6 +217,28 @@ TEST_CASE("(IA)³ compares feed-forward names as the reference does, by the end 
   CHECK(forms(Ia3Options().feedforward_pattern("own")) == std::vector<bool>{false, false});
 }
 
+TEST_CASE("(IA)³ knows feed-forward parts of an attention by their path and by the module's", "[ia3]") {
+  struct Block : nn::Module {
+    peft::MultiheadAttention attn = register_module("attn", peft::MultiheadAttention(4, 2));
+  };
+  const auto forms = [](const Ia3Options& options, const std::vector<std::string>& target) {
+    const peft_test::TemporaryFolder folder;
+    Block net, other;
+    std::vector<bool> scaled_inputs, again;
+    const auto adapter = peft::add_adapter(net, options, peft::named(target));
+    for (const auto& piece : adapter.layers<Ia3Impl>()) scaled_inputs.push_back(piece->feedforward);
+    peft::save_adapter(adapter, folder / "a");
+    for (const auto& piece : peft::load_adapter(other, folder / "a").layers<Ia3Impl>())
+      again.push_back(piece->feedforward);
+    CHECK(again == scaled_inputs);
+    return scaled_inputs;
+  };
+  CHECK(forms(Ia3Options().feedforward({"out_proj"}), {"attn.out_proj"}) == std::vector<bool>{true});
+  CHECK(forms(Ia3Options().feedforward({"out_proj"}), {"attn"}) == std::vector<bool>{false, true});
+  CHECK(forms(Ia3Options().feedforward({"attn"}), {"attn"}) == std::vector<bool>{true, true});
+  CHECK(forms(Ia3Options(), {"attn"}) == std::vector<bool>{false, false});
+}
+
 TEST_CASE("(IA)³ keeps its form in a copy that is adapted under another path", "[ia3]") {
   Net net;
   shake(peft::add_adapter(*net, Ia3Options().feedforward({"down"}), peft::all()));

@@ -234,6 +234,34 @@ TEST_CASE("OFT names the option that is out of range", "[oft]") {
   CHECK(site->adapters().empty());
 }
 
+TEST_CASE("OFT notes that older files mean another series", "[oft]") {
+  const peft_test::TemporaryFolder folder;
+  struct Net : nn::Module {
+    peft::Linear layer = register_module("layer", peft::Linear(4, 4));
+  };
+  Net net;
+  peft::save_adapter(peft::add_adapter(net, OftOptions(2), peft::named({"layer"})), folder / "a");
+  const auto file = folder / "a" / "adapter_config.json";
+  auto config = nlohmann::json::parse(std::ifstream(file));
+  const auto notes_of = [&](const nlohmann::json& version, bool series) {
+    config["peft_version"] = version;
+    config["use_cayley_neumann"] = series;
+    std::ofstream(file) << config;
+    Net other;
+    std::vector<std::string> notes;
+    peft::load_adapter(other, folder / "a", "a", false, [&](const auto& line) { notes.push_back(line); });
+    return notes;
+  };
+  for (const nlohmann::json& old :
+       {nlohmann::json(), nlohmann::json("0.17.1"), nlohmann::json("0.9.0.dev0")}) {
+    INFO(old);
+    REQUIRE(notes_of(old, true).size() == 1);
+    CHECK_THAT(notes_of(old, true)[0], Contains("'use_cayley_neumann' is another series since peft 0.18"));
+    CHECK(notes_of(old, false).empty());
+  }
+  for (const char* current : {"0.18.0", "0.21.2@main", "1.0.0"}) CHECK(notes_of(current, true).empty());
+}
+
 TEST_CASE("OFT goes through Hugging Face's files", "[oft]") {
   const auto config = check_files(OftOptions(2).coft(true).eps(0.5).neumann_terms(6));
   CHECK(config["peft_type"] == "OFT");

@@ -114,6 +114,19 @@ TEST_CASE("A checkpoint that does not fit changes nothing and says all that is w
     refused("'stranger' is not expected");
     refused("'key.lora.lora_B.exp_avg' is missing");
   }
+  SECTION("with a controller's state that has no name") {
+    AdaptedNet net;
+    const auto adapter =
+        peft::add_adapter(*net, peft::AdaLoraOptions(12).init_rank(3).target_rank(1), peft::named({"query"}));
+    peft::AdamW optimizer(adapter);
+    peft::ConstantSchedule schedule(optimizer);
+    peft::save_checkpoint(path, adapter, optimizer, schedule);
+    auto tensors = peft::load_safetensors(path);
+    tensors["controller.0"] = torch::ones({1});
+    peft::save_safetensors(folder.path() / "new", tensors, {{"peft_checkpoint", "1"}, {"position", ""}});
+    CHECK_THROWS_WITH(peft::load_checkpoint(folder.path() / "new", adapter, optimizer, schedule),
+                      Contains("'controller.0' is not expected"));
+  }
   SECTION("with a damaged random number generator") {
     auto tensors = peft::load_safetensors(path);
     tensors["generator.cpu"] = torch::full_like(tensors["generator.cpu"], 255);

@@ -26,6 +26,7 @@ class Controller;
 struct AdapterRecord {
   std::string name;
   ModelDescription model;
+  std::vector<std::string> paths;                        ///< of the model's modules
   std::vector<std::shared_ptr<Controller>> controllers;  ///< of the methods that have one
   bool has_optimizer = false;
 };

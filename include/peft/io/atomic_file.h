@@ -45,6 +45,15 @@ inline long process_id() {
 #endif
 }
 
+/// The machine's name, by which machines and containers that share a folder tell their processes apart.
+inline std::string host_name() {
+#if PEFT_HAS_POSIX_FILES
+  char name[256] = {};
+  if (::gethostname(name, sizeof(name) - 1) == 0) return name;
+#endif
+  return {};
+}
+
 /// Whether a process of this number may still be running; where that cannot be asked, yes.
 inline bool process_may_live([[maybe_unused]] long id) {
 #if PEFT_HAS_POSIX_FILES
@@ -92,14 +101,14 @@ inline std::filesystem::path without_link(const std::filesystem::path& path) {
   return error ? path : target;
 }
 
-/// `.NAME.tmp-PID`, beside `path`; further attempts add a number.
+/// `.NAME.tmp-PID@HOST`, beside `path`; further attempts add a number.
 inline std::filesystem::path temporary_sibling(const std::filesystem::path& path, int attempt) {
   std::string name = "." + path.filename().string() + ".tmp-" + std::to_string(process_id());
   if (attempt > 0) name += "-" + std::to_string(attempt);
-  return folder_of(path) / name;
+  return folder_of(path) / (name + "@" + host_name());
 }
 
-/// The temporary siblings of `path` whose process is gone: what a killed program left.
+/// The temporary siblings of `path` whose process, of this machine, is gone: what a killed program left.
 inline std::vector<std::filesystem::path> abandoned_siblings(const std::filesystem::path& path) {
   std::vector<std::filesystem::path> found;
   const std::string start = "." + path.filename().string() + ".tmp-";
@@ -108,9 +117,10 @@ inline std::vector<std::filesystem::path> abandoned_siblings(const std::filesyst
        entry.increment(ignored)) {
     const std::string name = entry->path().filename().string();
     if (!name.starts_with(start)) continue;
-    char* rest = nullptr;
-    const long id = std::strtol(name.c_str() + start.size(), &rest, 10);
-    if (id > 0 && (*rest == '\0' || *rest == '-') && !process_may_live(id)) found.push_back(entry->path());
+    const auto at = name.find('@', start.size());
+    if (at == std::string::npos || name.substr(at + 1) != host_name()) continue;
+    const long id = std::strtol(name.c_str() + start.size(), nullptr, 10);
+    if (id > 0 && !process_may_live(id)) found.push_back(entry->path());
   }
   return found;
 }

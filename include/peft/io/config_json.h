@@ -30,14 +30,24 @@ inline std::string read_text(const std::filesystem::path& path) {
   return text;
 }
 
-/// A file that must hold one JSON object. Keys keep their order.
-inline nlohmann::ordered_json read_json_object(const std::filesystem::path& path) {
-  nlohmann::ordered_json json;
+/// A file's JSON. Keys keep their order. Throws c10::Error naming the file where it is none, or so deep that
+/// what reads it might end the stack.
+inline nlohmann::ordered_json read_json(const std::filesystem::path& path) {
+  static constexpr int deepest = 100;
+  const auto limit = [&path](int depth, nlohmann::ordered_json::parse_event_t, nlohmann::ordered_json&) {
+    TORCH_CHECK(depth <= deepest, "'", path.string(), "' nests its values more than ", deepest, " deep");
+    return true;
+  };
   try {
-    json = nlohmann::ordered_json::parse(read_text(path));
+    return nlohmann::ordered_json::parse(read_text(path), limit);
   } catch (const nlohmann::json::exception& error) {
     TORCH_CHECK(false, "'", path.string(), "' is not valid JSON: ", error.what());
   }
+}
+
+/// A file that must hold one JSON object.
+inline nlohmann::ordered_json read_json_object(const std::filesystem::path& path) {
+  auto json = read_json(path);
   TORCH_CHECK(json.is_object(), "'", path.string(), "' must hold a JSON object, but it holds ",
               json.type_name());
   return json;

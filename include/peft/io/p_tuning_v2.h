@@ -58,10 +58,16 @@ inline Adapter load_p_tuning_v2(nn::Module& model, const std::filesystem::path& 
   std::vector<Part> parts{on(options)};
   for (const auto& node : walk(model, /*learn_paths=*/true)) {
     const bool is_head = node.path == "classifier" || node.path == "qa_outputs";
-    if (is_head && node.site && tensors.count(node.path + ".weight")) {
+    if (!is_head || !tensors.count(node.path + ".weight")) continue;
+    if (node.site) {
       parts.push_back(on(ReplaceOptions(), named({node.path})));
+    } else {
+      problems.add("'" + node.path + ".weight' is the head that was trained, one layer, but the model's '" +
+                   node.path + "' is a " + node.module->name() +
+                   " of several (hint: load the prefix on the encoder alone)");
     }
   }
+  problems.raise(title);
   auto plan = plan_adapter(model, parts, name, /*extends=*/false);
   std::vector<std::pair<std::string, Tensor>> wanted;
   const auto& table = *static_cast<const PrefixTables&>(*plan.shared.front().part).all().front();

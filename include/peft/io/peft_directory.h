@@ -7,6 +7,7 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -80,12 +81,14 @@ namespace internal {
 inline std::filesystem::path adapter_folder(const std::filesystem::path& directory, const std::string& name) {
   std::error_code ignored;
   StagedDirectory::recover(directory);
+  const auto below = directory / name / config_file_name;
+  const bool is_named = !name.empty() && std::filesystem::is_regular_file(below, ignored);
+  if (name != "default" && is_named) return directory / name;
   if (std::filesystem::is_regular_file(directory / config_file_name, ignored)) return directory;
   TORCH_CHECK(std::filesystem::is_directory(directory, ignored), "load_adapter: '", directory.string(),
               "' must be an adapter's folder, but there is none");
-  const auto below = directory / name / config_file_name;
-  TORCH_CHECK(!name.empty() && std::filesystem::is_regular_file(below, ignored), "load_adapter: '",
-              (directory / config_file_name).string(), "' is missing, and so is '", below.string(), "'");
+  TORCH_CHECK(is_named, "load_adapter: '", (directory / config_file_name).string(),
+              "' is missing, and so is '", below.string(), "'");
   return directory / name;
 }
 
@@ -133,8 +136,9 @@ inline void print_note(const std::string& line) { std::cerr << line + "\n"; }
 
 /// Reads an adapter from a folder written by `save_adapter` or by Python PEFT (the methods of
 /// io/peft_formats.h) and puts it on the model under a name of its own: frozen, unless it is to train on.
-/// Reads `directory`, or `directory/name` if there is no config in `directory`; `adapter_model.bin` where
-/// there is no safetensors file. Half types are widened to float32. Draws nothing.
+/// Reads `directory`, or `directory/name` where there is an adapter in it, as `save_adapters` writes all but
+/// "default"; `adapter_model.bin` where there is no safetensors file. Half types are widened to float32.
+/// Draws nothing.
 ///
 /// `note` takes what a user should know, a line each: unknown keys of the config, values that are not finite.
 ///
@@ -178,7 +182,8 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     problems.raise(title);
   }
   auto saved = finder.saved_sites(config, misfits);
-  auto biases = finder.bias_sites(config, adapted, saved, misfits);
+  const auto in_file = [&file](const std::string& path) { return file.has_bias(path); };
+  auto biases = finder.bias_sites(config, adapted, saved, in_file, misfits);
   for (const auto& names : record->model.second_names) {
     // Python's head has no matrix there: the bias alone is the adapter's.
     const auto site = module_above(names.own);
@@ -190,6 +195,10 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   if (!saved.empty()) parts.push_back(on(ReplaceOptions(), finder.at(saved)));
   if (!biases.empty()) parts.push_back(on(BiasOptions(), finder.at(biases)));
   if (parts.empty()) problems.raise(title);
+  std::set<std::string> patterns;
+  for (auto& part : parts) {
+    for (auto& pattern : std::exchange(part.patterns, {})) patterns.insert(std::move(pattern));
+  }
   Plan plan;
   try {
     plan = plan_adapter(model, parts, name, /*extends=*/false);
@@ -225,6 +234,11 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   file.copy_into(tensors);
   if (!owned.empty()) config.format->check_loaded(owned, problems);
   problems.raise(title);
+  for (const auto& pattern : patterns) {  // Python warns of them
+    const auto matches = [&](const auto& entry) { return is_about(pattern, entry.site->info()); };
+    if (std::any_of(plan.entries.begin(), plan.entries.end(), matches)) continue;
+    note(std::string(config_file_name) + ": the pattern '" + pattern + "' matches no layer");
+  }
   for (const auto& key : file.not_finite()) note(file.file() + ": '" + key + "' holds NaN or infinity");
   if (!config.task_type.empty()) record->model.task_type = config.task_type;
   if (!config.base_model.empty()) record->model.name_or_path = config.base_model;

@@ -179,13 +179,19 @@ class PeftExporter {
 
   void set_targets() {
     if (targeted_.empty() || names_say_it() || pattern_says_it()) return;
-    config_.target_names = targets();
-    const bool short_path =
-        std::any_of(config_.target_names.begin(), config_.target_names.end(),
-                    [](const std::string& p) { return p.find('.') == std::string::npos; });
-    if (!short_path) return;
-    // A lone name would also mean every path that ends in it.
-    for (const auto& target : config_.target_names) {
+    const auto placed = targets();
+    config_.target_names = placed;
+    const auto& all = adapter_.record().paths;
+    // A path also means every one that ends in it.
+    const auto means_more = [&](const std::string& target) {
+      const auto is_other = [&](const std::string& other) {
+        return other.ends_with("." + target) &&
+               std::find(placed.begin(), placed.end(), other) == placed.end();
+      };
+      return target.find('.') == std::string::npos || std::any_of(all.begin(), all.end(), is_other);
+    };
+    if (std::none_of(placed.begin(), placed.end(), means_more)) return;
+    for (const auto& target : placed) {
       config_.target_pattern += (config_.target_pattern.empty() ? "" : "|") + escape_regex(target);
     }
     config_.target_names.clear();
@@ -295,15 +301,17 @@ class PeftExporter {
       }
     }
     // Python saves every module whose path ends in a name, dot or not.
-    const auto ends_so = [&](const std::string& p) {
-      return std::any_of(names.begin(), names.end(),
-                         [&](const std::string& name) { return p.ends_with(name); });
+    const auto whole = paths(saved_);
+    const auto also_means = [&](const std::string& p) {
+      const auto ends_so = [&](const std::string& name) { return p.ends_with(name); };
+      const auto lies_in = [&](const std::string& own) { return own == p || own.starts_with(p + "."); };
+      return std::any_of(names.begin(), names.end(), ends_so) &&
+             std::none_of(whole.begin(), whole.end(), lies_in);
     };
-    const auto adapted = targets();
-    if (std::any_of(adapted.begin(), adapted.end(), ends_so)) {
-      const auto whole = paths(saved_);
-      names = {whole.begin(), whole.end()};
-    }
+    const auto& all = adapter_.record().paths;
+    if (std::any_of(all.begin(), all.end(), also_means)) names = {whole.begin(), whole.end()};
+    const auto other = std::find_if(all.begin(), all.end(), also_means);
+    if (other != all.end()) own("Python would save '" + *other + "' too, whose path ends as a saved one's");
     config_.modules_to_save.assign(names.begin(), names.end());
   }
 

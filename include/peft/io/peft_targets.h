@@ -4,6 +4,7 @@
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <memory>
 #include <regex>
@@ -114,9 +115,11 @@ class ModuleFinder {
     return sites;
   }
 
-  /// Where the adapter has biases of its own.
+  /// Where the adapter has biases of its own. `in_file`: whether the file has a bias of the module's.
   std::vector<std::string> bias_sites(const PeftConfig& config, const std::vector<std::string>& adapted,
-                                      const std::vector<std::string>& saved, Problems& problems) const {
+                                      const std::vector<std::string>& saved,
+                                      const std::function<bool(const std::string& path)>& in_file,
+                                      Problems& problems) const {
     const auto has = [](const std::vector<std::string>& list, const std::string& path) {
       return std::find(list.begin(), list.end(), path) != list.end();
     };
@@ -132,7 +135,7 @@ class ModuleFinder {
       if (!config.own && node.site && !has_own_bias(infos_[i])) continue;
       if (node.site && infos_[i].has_bias()) {
         sites.push_back(node.path);
-      } else if (everywhere && !node.site &&
+      } else if (everywhere && !node.site && in_file(node.path) &&
                  node.module->named_parameters(/*recurse=*/false).contains("bias")) {
         problems.add(std::string(config_file_name) + ": 'bias' \"all\" means '" + node.path +
                      "', which is a " + plain_name(node) + hint(node));

@@ -71,6 +71,10 @@ class AdapterTensors {
 
   bool readable() const { return readable_; }
   const std::string& file() const { return file_; }
+  /// Whether it holds the bias of a module, trained beside the method's tensors.
+  bool has_bias(const std::string& path) const {
+    return tensors_.count(std::string(model_prefix) + path + ".bias") > 0;
+  }
 
   /// Checks that the file holds the `expected` tensors and no others. `repeated`: tensors of the base that it
   /// may hold too, with the base's values. Everything that is wrong is added to the problems.

@@ -31,8 +31,8 @@ inline int exchange_paths([[maybe_unused]] const std::filesystem::path& a,
 
 }  // namespace internal
 
-/// A folder that appears complete or not at all: its files are collected in `.NAME.tmp-PID` beside the final
-/// name, and `commit()` renames that. Without a commit nothing is left.
+/// A folder that appears complete or not at all: its files are collected in `.NAME.tmp-PID@HOST` beside the
+/// final name, and `commit()` renames that. Without a commit nothing is left.
 ///
 /// Throws: c10::Error from the constructor, before anything is written, when the final name is a file, or a
 /// folder with files in it and `overwrite` is false.

@@ -110,16 +110,30 @@ inline std::shared_ptr<PieceImpl> make_piece(const Ia3Options& options, const Si
   return std::make_shared<Ia3Impl>(options, site);
 }
 
+namespace internal {
+
+/// Whether the options count a site among the feed-forward layers, by its path or that of the module it is a
+/// part of.
+inline bool is_feedforward(const Ia3Options& options, const SiteInfo& site) {
+  const auto& names = options.feedforward();
+  const auto means = [&](const std::string& path) {
+    if (!options.feedforward_pattern().empty()) {
+      return std::regex_match(path, std::regex(options.feedforward_pattern()));
+    }
+    return std::any_of(names.begin(), names.end(),
+                       [&](const std::string& name) { return path.ends_with(name); });
+  };
+  return means(site.path) || means(site.target());
+}
+
+}  // namespace internal
+
 inline Ia3Impl::Ia3Impl(Ia3Options settings, const SiteInfo& site)
     : Piece(Ia3Options::method, std::move(settings), site) {
   check(options);
   const auto why = refusal(options, site);
   TORCH_CHECK_VALUE(why.empty(), "Ia3: '", site.path, "': ", why);
-  const auto& names = options.feedforward();
-  feedforward = options.feedforward_pattern().empty()
-                    ? std::any_of(names.begin(), names.end(),
-                                  [&](const std::string& name) { return site.target().ends_with(name); })
-                    : std::regex_match(site.target(), std::regex(options.feedforward_pattern()));
+  feedforward = internal::is_feedforward(options, site);
   const bool linear = site.fan_in.size() == 1;
   std::vector<int64_t> shape(site.fan_in.size() + 1, 1);
   shape[linear && !feedforward ? 0 : 1] = feedforward ? site.fan_in.front() : site.fan_out;

@@ -63,6 +63,25 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
       for (const auto& site : resolve(more, plan, unasked)) pending.push_back({site, &more});
     }
   }
+  std::map<std::string, std::string>
+      unmatched;  // patterns, and the method of each: several parts may share it
+  for (const auto& part : parts) {
+    for (const auto& pattern : part.patterns) {
+      const bool fits = std::any_of(pending.begin(), pending.end(), [&](const Pending& item) {
+        return item.part->method == part.method && is_about(pattern, item.site->info());
+      });
+      if (!fits) unmatched.emplace(pattern, part.method);
+    }
+  }
+  for (const auto& [pattern, method] : unmatched) {
+    std::vector<std::string> paths;
+    for (const auto& item : pending) {
+      if (item.part->method == method) paths.push_back(item.site->path());
+    }
+    if (paths.empty()) continue;  // the target has been complained of
+    problems.add("the pattern '" + pattern + "' of '" + method +
+                 "' matches none of its layers; closest: " + closest(pattern, paths));
+  }
   if (!sited && plan.swaps.empty() && !problems.empty()) {
     problems.add(
         "this model has no sites at all (hint: declare its layers as peft::Linear, peft::Embedding, …)");
@@ -230,9 +249,10 @@ inline void initialize(const Plan& plan) {
   for (const auto& entry : plan.entries) entry.piece->place();
 }
 
-inline std::shared_ptr<AdapterRecord> make_record(const nn::Module& model, const std::string& name) {
+inline std::shared_ptr<AdapterRecord> make_record(nn::Module& model, const std::string& name) {
   auto record = std::make_shared<AdapterRecord>();
   record->name = name;
+  for (const auto& node : walk(model)) record->paths.push_back(node.path);
   if (const auto* described = dynamic_cast<const Described*>(&model)) record->model = described->describe();
   return record;
 }

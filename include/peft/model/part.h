@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "peft/core/controller.h"
+#include "peft/core/pattern.h"
 #include "peft/core/piece.h"
 #include "peft/model/targets.h"
 
@@ -39,6 +40,9 @@ struct Part {
   std::function<std::shared_ptr<PieceImpl>(const SiteInfo&)> make;
   /// Of a method that has one: the controller of the pieces made by this part.
   std::function<std::shared_ptr<Controller>(const std::vector<std::shared_ptr<PieceImpl>>&)> control = {};
+  /// The expressions of options by pattern (`rank_pattern`, `alpha_pattern`), each of which must match a
+  /// site.
+  std::vector<std::string> patterns = {};
   /// What the method also puts on every site of another kind that can take it, in models that have any.
   std::vector<Part> also = {};
 };
@@ -62,6 +66,24 @@ std::string weights_refusal(const Options& options, const SiteInfo& site) {
   return dropout > 0 && !site.ignores_dropout ? name + "dropout" : "";
 }
 
+/// The expressions of a method's options by pattern.
+template <class Options>
+std::vector<std::string> patterns_of(const Options& options) {
+  std::vector<std::string> patterns;
+  if constexpr (requires { options.rank_pattern(); }) {
+    for (const auto& [pattern, rank] : options.rank_pattern()) patterns.push_back(pattern);
+    for (const auto& [pattern, alpha] : options.alpha_pattern()) patterns.push_back(pattern);
+  } else if constexpr (requires { options.lora().rank_pattern(); }) {
+    patterns = patterns_of(options.lora());
+  }
+  return patterns;
+}
+
+/// Whether an expression of options by pattern is about a site.
+inline bool is_about(const std::string& pattern, const SiteInfo& site) {
+  return matches_suffix(pattern, site.path) || matches_suffix(pattern, site.target());
+}
+
 }  // namespace internal
 
 /// `options` on `target`, as a part of an adapter. Throws c10::ValueError if an option is out of range.
@@ -74,6 +96,7 @@ Part on(Options options, Target target) {
               return why.empty() ? refusal(options, site) : why;
             },
             [options](const SiteInfo& site) { return make_piece(options, site); }};
+  part.patterns = internal::patterns_of(options);
   if constexpr (requires(const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
                   make_controller(options, pieces);
                 }) {

@@ -50,7 +50,7 @@ inline std::vector<std::filesystem::path> companion_files(const std::filesystem:
   }
   if (names.empty() || names.back() != "modules.json") return names;
   const auto file = folder / "modules.json";
-  const auto modules = nlohmann::ordered_json::parse(read_text(file), nullptr, /*allow_exceptions=*/false);
+  const auto modules = read_json(file);
   TORCH_CHECK(modules.is_array(), "'", file.string(), "': expected a list of modules");
   for (const auto& module : modules) {
     TORCH_CHECK(module.is_object() && module.contains("path") && module["path"].is_string(), "'",

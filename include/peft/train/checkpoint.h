@@ -65,7 +65,7 @@ class ControllerStates {
       const auto index = name.substr(0, name.find('.'));
       size_t i = 0;
       while (i < given.size() && std::to_string(i) != index) ++i;
-      if (i == given.size()) {
+      if (i == given.size() || index == name) {
         problems.add("'controller." + name + "' is not expected");
       } else {
         given[i].emplace(name.substr(index.size() + 1), tensor);

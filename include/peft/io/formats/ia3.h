@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -121,22 +120,13 @@ class Ia3Format final : public PeftFormat {
   /// alike, else the paths of these layers. Names have to be among the targets, if these are names.
   static nlohmann::json feedforward_json(const Entries& entries, const nlohmann::json& targets) {
     const auto& options = ia3(entries.front()).options;
-    const auto holds = [&](const auto& means) {
-      return std::all_of(entries.begin(), entries.end(), [&](const Adapter::Entry& entry) {
-        return means(entry.site->path()) == ia3(entry).feedforward;
-      });
-    };
+    const bool holds = std::all_of(entries.begin(), entries.end(), [&](const Adapter::Entry& entry) {
+      return is_feedforward(options, entry.site->info()) == ia3(entry).feedforward;
+    });
     const auto& names = options.feedforward();
-    const auto ends_so = [&](const std::string& path) {
-      return std::any_of(names.begin(), names.end(),
-                         [&](const std::string& name) { return path.ends_with(name); });
-    };
     const auto& pattern = options.feedforward_pattern();
-    if (pattern.empty() && holds(ends_so) && (!targets.is_array() || is_subset(names, targets))) return names;
-    if (!pattern.empty() && reads_alike_in_python(pattern)) {
-      const std::regex expression(pattern);
-      if (holds([&](const std::string& path) { return std::regex_match(path, expression); })) return pattern;
-    }
+    if (holds && pattern.empty() && (!targets.is_array() || is_subset(names, targets))) return names;
+    if (holds && !pattern.empty() && reads_alike_in_python(pattern)) return pattern;
     std::string paths;
     for (const auto& entry : entries) {
       if (!ia3(entry).feedforward) continue;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -61,6 +62,12 @@ class OftFormat final : public PeftFormat {
     options.eps(fields.number(
         "eps", 6e-5, [](double value) { return value > 0; }, "must be a positive number"));
     options.cayley_neumann(fields.boolean("use_cayley_neumann", true));
+    const auto version = fields.string("peft_version");
+    if (options.cayley_neumann() && is_before_0_18(version)) {
+      fields.note(
+          "'use_cayley_neumann' is another series since peft 0.18, but this adapter was trained with " +
+          (version.empty() ? "an older one" : version) + " and may compute other values");
+    }
     options.neumann_terms(fields.integer("num_cayley_neumann_terms", 5, 2));
     options.init_weights(fields.boolean("init_weights", true));
     fields.boolean("fan_in_fan_out");  // the layer knows
@@ -69,6 +76,13 @@ class OftFormat final : public PeftFormat {
 
   std::vector<std::string> default_targets(const std::string& model_type) const override {
     return default_lora_targets(model_type);
+  }
+
+ private:
+  /// Of a version's text; older ones wrote none.
+  static bool is_before_0_18(const std::string& version) {
+    static const std::regex old(R"(|0\.(\d|1[0-7])(\D.*)?)");
+    return std::regex_match(version, old);
   }
 };
 
