@@ -3,6 +3,7 @@
 #include "methods/reference_values.h"
 #include "peft/io/peft_directory.h"
 #include "peft/io/peft_formats.h"
+#include "peft/model/reparametrized.h"
 
 using namespace suite;
 using peft::Ia3Impl;

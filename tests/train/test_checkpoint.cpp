@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include "io/temporary_folder.h"
+#include "peft/methods/adalora.h"
 #include "peft/train/checkpoint.h"
 #include "peft/train/optimizer.h"
 #include "train/adapted_net.h"
