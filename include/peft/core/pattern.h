@@ -17,10 +17,15 @@ using Pattern = std::pair<std::string, Value>;
 
 namespace internal {
 
+/// What matches the paths that a pattern matches, as a whole or after a dot.
+inline std::regex suffix_expression(const std::string& pattern) {
+  return std::regex("(.*\\.)?(" + pattern + ")");
+}
+
 /// Throws c10::ValueError if `pattern` is no regular expression.
 inline void check_pattern(const std::string& subject, const std::string& pattern) {
   try {
-    std::regex("(.*\\.)?(" + pattern + ")");
+    suffix_expression(pattern);
   } catch (const std::regex_error& error) {
     TORCH_CHECK_VALUE(false, subject, ": '", pattern, "' is no regular expression: ", error.what());
   }
@@ -28,7 +33,7 @@ inline void check_pattern(const std::string& subject, const std::string& pattern
 
 /// True if the expression matches the path, or all of it after a dot.
 inline bool matches_suffix(const std::string& pattern, const std::string& path) {
-  return std::regex_match(path, std::regex("(.*\\.)?(" + pattern + ")"));
+  return std::regex_match(path, suffix_expression(pattern));
 }
 
 /// The value of the first pattern that matches, or `otherwise`.

@@ -196,9 +196,7 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   if (!biases.empty()) parts.push_back(on(BiasOptions(), finder.at(biases)));
   if (parts.empty()) problems.raise(title);
   std::set<std::string> patterns;
-  for (auto& part : parts) {
-    for (auto& pattern : std::exchange(part.patterns, {})) patterns.insert(std::move(pattern));
-  }
+  for (auto& part : parts) patterns.merge(std::exchange(part.patterns, {}));
   Plan plan;
   try {
     plan = plan_adapter(model, parts, name, /*extends=*/false);
@@ -234,9 +232,9 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   file.copy_into(tensors);
   if (!owned.empty()) config.format->check_loaded(owned, problems);
   problems.raise(title);
-  for (const auto& pattern : patterns) {  // Python warns of them
-    const auto matches = [&](const auto& entry) { return is_about(pattern, entry.site->info()); };
-    if (std::any_of(plan.entries.begin(), plan.entries.end(), matches)) continue;
+  std::vector<SiteInfo> sites;
+  for (const auto& entry : plan.entries) sites.push_back(entry.site->info());
+  for (const auto& pattern : without_site(patterns, sites)) {  // Python warns of them
     note(std::string(config_file_name) + ": the pattern '" + pattern + "' matches no layer");
   }
   for (const auto& key : file.not_finite()) note(file.file() + ": '" + key + "' holds NaN or infinity");

@@ -14,10 +14,9 @@ namespace peft::internal {
 
 /// ‖W_j + s (B A)_j‖ for each row j, from ‖W_j‖² + 2 s B_j · (A Wᵀ)_j + s² B_j (A Aᵀ) B_jᵀ, whose first term
 /// is kept until W changes: W is read once, and nothing of its size is written. In float or double, under
-/// autocast too; the terms
-/// are added up in double. Where a row is shorter than W's own the error grows with (‖W_j‖ / ‖V_j‖)²; on
-/// the CPU rows shorter than a quarter of it make all be measured as they are, so that the error stays below
-/// 1e-6.
+/// autocast too; the terms are added up in double. Where a row is shorter than W's own the error grows with
+/// (‖W_j‖ / ‖V_j‖)²; on the CPU rows shorter than a quarter of it make all be measured as they are, so that
+/// the error stays below 1e-6.
 /// Shapes: W (out, in), A (rank, in), B (out, rank); the result (out), without a history.
 class RowNorms {
  public:

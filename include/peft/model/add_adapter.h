@@ -63,24 +63,23 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
       for (const auto& site : resolve(more, plan, unasked)) pending.push_back({site, &more});
     }
   }
-  std::map<std::string, std::string>
-      unmatched;  // patterns, and the method of each: several parts may share it
-  for (const auto& part : parts) {
-    for (const auto& pattern : part.patterns) {
-      const bool fits = std::any_of(pending.begin(), pending.end(), [&](const Pending& item) {
-        return item.part->method == part.method && is_about(pattern, item.site->info());
-      });
-      if (!fits) unmatched.emplace(pattern, part.method);
-    }
-  }
-  for (const auto& [pattern, method] : unmatched) {
+  // Several parts of a method may share their options.
+  std::map<std::string, std::set<std::string>> patterns;
+  for (const auto& part : parts) patterns[part.method].insert(part.patterns.begin(), part.patterns.end());
+  for (const auto& [method, own] : patterns) {
+    if (own.empty()) continue;
+    std::vector<SiteInfo> sites;
     std::vector<std::string> paths;
     for (const auto& item : pending) {
-      if (item.part->method == method) paths.push_back(item.site->path());
+      if (item.part->method != method) continue;
+      sites.push_back(item.site->info());
+      paths.push_back(item.site->path());
     }
-    if (paths.empty()) continue;  // the target has been complained of
-    problems.add("the pattern '" + pattern + "' of '" + method +
-                 "' matches none of its layers; closest: " + closest(pattern, paths));
+    if (sites.empty()) continue;  // the target has been complained of
+    for (const auto& pattern : without_site(own, sites)) {
+      problems.add("the pattern '" + pattern + "' of '" + method +
+                   "' matches none of its layers; closest: " + closest(pattern, paths));
+    }
   }
   if (!sited && plan.swaps.empty() && !problems.empty()) {
     problems.add(

@@ -5,6 +5,8 @@
 #include <concepts>
 #include <functional>
 #include <memory>
+#include <regex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -42,7 +44,7 @@ struct Part {
   std::function<std::shared_ptr<Controller>(const std::vector<std::shared_ptr<PieceImpl>>&)> control = {};
   /// The expressions of options by pattern (`rank_pattern`, `alpha_pattern`), each of which must match a
   /// site.
-  std::vector<std::string> patterns = {};
+  std::set<std::string> patterns = {};
   /// What the method also puts on every site of another kind that can take it, in models that have any.
   std::vector<Part> also = {};
 };
@@ -68,20 +70,29 @@ std::string weights_refusal(const Options& options, const SiteInfo& site) {
 
 /// The expressions of a method's options by pattern.
 template <class Options>
-std::vector<std::string> patterns_of(const Options& options) {
-  std::vector<std::string> patterns;
+std::set<std::string> patterns_of(const Options& options) {
+  std::set<std::string> patterns;
   if constexpr (requires { options.rank_pattern(); }) {
-    for (const auto& [pattern, rank] : options.rank_pattern()) patterns.push_back(pattern);
-    for (const auto& [pattern, alpha] : options.alpha_pattern()) patterns.push_back(pattern);
+    for (const auto& [pattern, rank] : options.rank_pattern()) patterns.insert(pattern);
+    for (const auto& [pattern, alpha] : options.alpha_pattern()) patterns.insert(pattern);
   } else if constexpr (requires { options.lora().rank_pattern(); }) {
     patterns = patterns_of(options.lora());
   }
   return patterns;
 }
 
-/// Whether an expression of options by pattern is about a site.
-inline bool is_about(const std::string& pattern, const SiteInfo& site) {
-  return matches_suffix(pattern, site.path) || matches_suffix(pattern, site.target());
+/// Which of the expressions of options by pattern are about none of the sites.
+inline std::vector<std::string> without_site(const std::set<std::string>& patterns,
+                                             const std::vector<SiteInfo>& sites) {
+  std::vector<std::string> found;
+  for (const auto& pattern : patterns) {
+    const auto expression = suffix_expression(pattern);
+    const bool fits = std::any_of(sites.begin(), sites.end(), [&](const SiteInfo& site) {
+      return std::regex_match(site.path, expression) || std::regex_match(site.target(), expression);
+    });
+    if (!fits) found.push_back(pattern);
+  }
+  return found;
 }
 
 }  // namespace internal
