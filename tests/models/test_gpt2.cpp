@@ -124,6 +124,19 @@ Tensor in_chunks(GPT2LMHeadModel& model, const GPT2Inputs& inputs, const std::ve
 
 bool is_tied(const GPT2LMHeadModelImpl& model) { return model.is_tied(); }
 
+/// A merged model that was tied, moved or copied, is unmerged to one that is tied and gives what it gave.
+template <class Logits>
+void check_unmerges(GPT2LMHeadModelImpl& model, const Logits& logits, const Tensor& adapted) {
+  const auto copy = peft::clone(model);
+  model.to(torch::kFloat64);
+  model.to(torch::kFloat32);
+  for (auto* one : {copy.get(), &model}) {
+    peft::unmerge(*one);
+    CHECK(is_tied(*one));
+    CHECK(logits(*one).equal(adapted));
+  }
+}
+
 }  // namespace
 
 TEST_CASE("A tiny GPT-2 gives transformers' values", "[gpt2]") {
@@ -472,15 +485,8 @@ TEST_CASE("A tied matrix is one until it is merged", "[gpt2]") {
     CHECK(config.at("tie_word_embeddings") == false);
     auto again = GPT2LMHeadModel::from_pretrained(folder / "merged");
     CHECK(logits(*again).equal(logits(*model)));
-    const auto copy = peft::clone(*model);
-    CHECK_FALSE(is_tied(*copy));
-    model->to(torch::kFloat64);
-    model->to(torch::kFloat32);
-    for (auto* one : {copy.get(), model.get()}) {
-      peft::unmerge(*one);
-      CHECK(is_tied(*one));
-      CHECK(logits(*one).equal(adapted));
-    }
+    CHECK_FALSE(is_tied(*peft::clone(*model)));
+    check_unmerges(*model, logits, adapted);
   }
 }
 
@@ -511,14 +517,7 @@ TEST_CASE("Trained tokens change the rows of a tied head too", "[gpt2]") {
   CHECK(logits(*peft::clone(*model)).equal(adapted));
   peft::merge(*model);
   CHECK(difference(logits(*model), adapted) < 1e-5);
-  const auto copy = peft::clone(*model);
-  model->to(torch::kFloat64);
-  model->to(torch::kFloat32);
-  for (auto* one : {copy.get(), model.get()}) {
-    peft::unmerge(*one);
-    CHECK(is_tied(*one));
-    CHECK(logits(*one).equal(adapted));
-  }
+  check_unmerges(*model, logits, adapted);
 
   auto untied = language_model(tiny().tie_word_embeddings(false));
   suite::shake(peft::add_adapter(*untied, peft::TrainableTokensOptions({2, 4}), peft::named({"wte"})));
