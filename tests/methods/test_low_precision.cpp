@@ -230,3 +230,12 @@ TEST_CASE("Autocast over a float32 base takes the composed form and trains in fl
   y.sum().backward();
   for (const auto& parameter : adapter.parameters()) CHECK(parameter.grad().scalar_type() == torch::kFloat32);
 }
+
+TEST_CASE("A shadow of a temporary is not taken for the next one at its address", "[low_precision]") {
+  const peft::internal::Shadow shadow;
+  const torch::NoGradGuard no_grad;  // where what is joined is a leaf
+  for (int i = 0; i < 10; ++i) {
+    const auto joined = torch::cat({torch::full({24, 32}, i), torch::full({24, 32}, i)});
+    CHECK(shadow.of(joined.to(torch::kFloat32), torch::kBFloat16).eq(i).all().item<bool>());
+  }
+}

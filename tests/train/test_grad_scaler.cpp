@@ -120,9 +120,12 @@ TEST_CASE("Steps out of order and options out of range are refused", "[grad_scal
   CHECK_THROWS_WITH(scaler.unscale(optimizer), Contains("step() came before"));
 
   const auto half = torch::ones({2}, torch::kFloat16).requires_grad_();
-  torch::optim::SGD of_half({half}, 0.5);
+  const auto single = torch::ones({2}).requires_grad_();
+  torch::optim::SGD of_half({single, half}, 0.5);
   half.mutable_grad() = torch::ones({2}, torch::kFloat16);
+  single.mutable_grad() = torch::ones({2});
   CHECK_THROWS_WITH(scaler.unscale(of_half), Contains("float32"));
+  CHECK(torch::equal(single.grad(), torch::ones({2})));  // nothing was divided yet
 }
 
 TEST_CASE("A checkpoint holds the scale", "[grad_scaler]") {

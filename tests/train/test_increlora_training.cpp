@@ -5,8 +5,10 @@
 #include <torch/optim/adamw.h>
 
 #include "io/temporary_folder.h"
+#include "peft/methods/adalora.h"
 #include "peft/model/active.h"
 #include "peft/train/checkpoint.h"
+#include "peft/train/schedule.h"
 #include "train/increlora_trace.h"
 #include "train/increlora_values.h"
 
@@ -184,7 +186,7 @@ TEST_CASE("A checkpoint of other layers leaves IncreLoRA as it was", "[increlora
   }
   peft::save_checkpoint(path, other.adapter, other.optimizer, other.schedule);
   CHECK_THROWS_WITH(peft::load_checkpoint(path, run.adapter, run.optimizer, run.schedule),
-                    Contains("does not fit") && Contains("(3), but got (2)"));
+                    Contains("cannot be used") && Contains("'layer2.increlora.lora_A_0' is missing"));
   check_equal(run, twin);
   run.step(job["batches"][6]);
   twin.step(job["batches"][6]);
@@ -272,4 +274,89 @@ TEST_CASE("IncreLoRA does not train on after its chunks were changed from outsid
   run.pieces[1]->reserve(1);
   CHECK_THROWS_WITH(run.step(job["batches"][1]),
                     Contains("'layer1'") && Contains("changed outside its training"));
+}
+
+TEST_CASE("An optimizer made after some growth goes on from its checkpoint", "[increlora]") {
+  const peft_test::TemporaryFolder folder;
+  const auto path = folder / "checkpoint.safetensors", early = folder / "early.safetensors";
+  const auto job = longer_job();
+  Run run(job);
+  peft::save_checkpoint(early, run.adapter, run.optimizer, run.schedule);
+  for (size_t t = 0; t < 7; ++t) run.step(job["batches"][t]);
+  const auto options = torch::optim::AdamWOptions(0.01).weight_decay(0.5);
+  peft::AdamW second(run.adapter, options);
+  peft::ConstantSchedule schedule(second, 0);
+  const auto names = [](const peft::AdamW& optimizer) {
+    std::vector<std::string> found;
+    for (const auto& item : optimizer.state()) found.push_back(item.first);
+    return found;
+  };
+  const auto before = names(second);
+  peft::save_checkpoint(path, run.adapter, second, schedule);
+  CHECK_NOTHROW(peft::load_checkpoint(path, run.adapter, second, schedule));
+  CHECK(names(second) == before);
+
+  // One from before that growth has not what this optimizer was made with.
+  CHECK_THROWS_WITH(peft::load_checkpoint(early, run.adapter, second, schedule), Contains("cannot be used"));
+  CHECK(names(second) == before);
+  CHECK_NOTHROW(peft::load_checkpoint(path, run.adapter, second, schedule));
+}
+
+TEST_CASE("What is taken out of the decay stays so in parameters that join later", "[increlora]") {
+  torch::manual_seed(1);
+  torch::nn::Sequential net{peft::Linear(5, 6), torch::nn::Tanh(), peft::Linear(6, 3)};
+  const auto adapter = peft::add_adapter(
+      *net,
+      peft::IncreLoraOptions(4).incre_rank_num(1).top_h(2).init_warmup(0).incre_interval(1).reg_orth_coef(0),
+      peft::all());
+  peft::AdamW optimizer(adapter, torch::optim::AdamWOptions(0.0).weight_decay(0.5));
+  optimizer.no_decay([](const std::string& name) { return name.find("lora_A") != std::string::npos; });
+  const auto step = [&] {
+    optimizer.zero_grad();
+    net->forward(torch::ones({2, 5})).square().sum().backward();
+    optimizer.step();
+  };
+  step();
+  step();
+  step();
+  const auto piece = adapter.layers<peft::IncreLoraImpl>().at(0);
+  REQUIRE(piece->rank() > 1);
+  optimizer.param_groups().back().options().set_lr(0.1);
+  for (auto& group : optimizer.param_groups()) {
+    group.options().set_lr(0.1);
+    static_cast<torch::optim::AdamWOptions&>(group.options()).betas({0.0, 0.0}).eps(1e30);  // decay alone
+  }
+  const auto A = piece->lora_A[1].detach().clone(), B = piece->lora_B[1].detach().clone();
+  step();
+  CHECK(torch::allclose(piece->lora_A[1], A, 1e-6));
+  CHECK(torch::allclose(piece->lora_B[1], B * 0.95, 1e-6));
+}
+
+TEST_CASE("The importances of AdaLoRA and IncreLoRA are of the model's type", "[increlora][adalora]") {
+  const peft_test::TemporaryFolder folder;
+  const bool growing = GENERATE(false, true);
+  const auto make = [&] {
+    torch::manual_seed(1);
+    torch::nn::Sequential net{peft::Linear(5, 6), torch::nn::Tanh(), peft::Linear(6, 3)};
+    const auto adapter =
+        growing ? peft::add_adapter(*net, peft::IncreLoraOptions(4).init_warmup(0), peft::all())
+                : peft::add_adapter(*net, peft::AdaLoraOptions(20).init_rank(4).target_rank(2), peft::all());
+    net->to(torch::kDouble);
+    return std::pair(net, adapter);
+  };
+  auto [net, adapter] = make();
+  peft::AdamW optimizer(adapter, torch::optim::AdamWOptions(0.01));
+  peft::ConstantSchedule schedule(optimizer, 0);
+  optimizer.zero_grad();
+  net->forward(torch::ones({2, 5}, torch::kDouble)).square().sum().backward();
+  optimizer.step();
+  schedule.step();
+  peft::save_checkpoint(folder / "run", adapter, optimizer, schedule);
+
+  auto [again, fresh] = make();
+  peft::AdamW other(fresh, torch::optim::AdamWOptions(0.01));
+  peft::ConstantSchedule others(other, 0);
+  CHECK_NOTHROW(peft::load_checkpoint(folder / "run", fresh, other, others));
+  net->to(torch::kFloat);
+  CHECK_NOTHROW(peft::clone(*net));
 }

@@ -167,6 +167,11 @@ TEST_CASE("A capturable AdamW reads rate and step where prepare_step puts them",
   peft::AdamW plain(same, {{is_value, AdamWOptions(3e-2)}}, options, 0.5);
   CHECK_THROWS_WITH(ours.prepare_step(), Contains("is for an optimizer that is capturable"));
   ours.capturable(true);
+  ours.zero_grad();
+  loss_of(net, batch(0, type)).backward();
+  const auto start = copies(adapter.parameters());
+  CHECK_THROWS_WITH(ours.step(), Contains("prepare_step must come first"));
+  CHECK(difference(adapter.parameters(), start) == 0);
   for (int step = 0; step < 5; ++step) {
     for (auto* optimizer : {&ours, &plain}) {
       optimizer->param_groups()[0].options().set_lr(1e-2 / (1 + step));

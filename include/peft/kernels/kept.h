@@ -15,8 +15,29 @@
 
 namespace peft::internal {
 
+/// A tensor's values, as they were: its memory and how often it had been written to. Keeps the values not
+/// alive, but their place from being taken for another tensor's.
+class ValueMark {
+ public:
+  ValueMark() = default;
+  explicit ValueMark(const Tensor& t)
+      : storage_(t.storage().getWeakStorageImpl()), data_(t.data_ptr()), version_(t._version()) {}
+  /// Whether a tensor still has these values. False for the mark of none.
+  bool is(const Tensor& t) const {
+    return storage_ && t.data_ptr() == data_ && t._version() == version_ &&
+           storage_->lock().get() == t.storage().unsafeGetStorageImpl();
+  }
+  bool is_of_none() const { return !storage_; }
+
+ private:
+  std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage_;
+  const void* data_ = nullptr;
+  int64_t version_ = 0;
+};
+
 /// A value without a history that is computed anew only when a tensor it comes from has been written to, has
-/// got other memory, or a number it comes from is another. Several threads may ask at once.
+/// got other memory, or a number it comes from is another. Several threads may ask at once, on a GPU on one
+/// stream.
 class Kept {
  public:
   Kept() = default;
@@ -38,38 +59,25 @@ class Kept {
       value_ = Tensor();
       sources_.clear();
       value_ = compute();
-      for (const auto& source : sources) sources_.push_back(source.defined() ? Source(source) : Source());
+      for (const auto& source : sources)
+        sources_.push_back(source.defined() ? ValueMark(source) : ValueMark());
       number_ = number;
     }
     return value_;
   }
 
  private:
-  /// The memory behind a tensor, as it was. A handle that does not keep the values, but their place from
-  /// being taken for another's.
-  struct Source {
-    Source() = default;
-    explicit Source(const Tensor& t)
-        : storage(t.storage().getWeakStorageImpl()), data(t.data_ptr()), version(t._version()) {}
-    bool is(const Tensor& t) const {
-      return t.data_ptr() == data && t._version() == version && storage &&
-             storage->lock().get() == t.storage().unsafeGetStorageImpl();
-    }
-    std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
-    const void* data = nullptr;
-    int64_t version = 0;
-  };
   bool stands(const std::vector<Tensor>& sources, double number) const {
     return value_.defined() && number == number_ &&
            std::equal(sources.begin(), sources.end(), sources_.begin(), sources_.end(),
-                      [](const Tensor& now, const Source& then) {
-                        return now.defined() ? then.is(now) : !then.storage;
+                      [](const Tensor& now, const ValueMark& then) {
+                        return now.defined() ? then.is(now) : then.is_of_none();
                       });
   }
 
   mutable std::mutex mutex_;
   mutable Tensor value_;
-  mutable std::vector<Source> sources_;
+  mutable std::vector<ValueMark> sources_;
   mutable double number_ = 0;
 };
 

@@ -1,13 +1,13 @@
 // Shadow: a trained tensor in the type of the layer it works on, cast once a step.
 #pragma once
 
-#include <cstdint>
 #include <mutex>
 
 #include <c10/core/InferenceMode.h>
 
 #include "peft/core/compat.h"
 #include "peft/kernels/cpu.h"
+#include "peft/kernels/kept.h"
 #include "peft/kernels/thin_products.h"
 
 namespace peft {
@@ -40,7 +40,8 @@ inline bool wants_shadows(const Tensor& A, torch::ScalarType type) {
 
 /// A copy of a master in another floating type, made anew when the master has changed: activations then need
 /// no cast. Its gradient becomes the master's, in the master's type; it serves any number of forwards and
-/// backwards in between, since a cast keeps nothing for its backward. Several threads may ask at once.
+/// backwards in between, since a cast keeps nothing for its backward. Several threads may ask at once, on a
+/// GPU on one stream.
 class Shadow {
  public:
   Shadow() = default;
@@ -52,16 +53,16 @@ class Shadow {
   /// `master` in `type`; itself where that is its type.
   Tensor of(const Tensor& master, torch::ScalarType type) const {
     if (master.scalar_type() == type) return master;
-    if (!master.is_leaf() || c10::InferenceMode::is_enabled()) return master.to(type);
+    if (!master.is_leaf() || master.is_inference() || c10::InferenceMode::is_enabled()) {
+      return master.to(type);
+    }
     const torch::AutoGradMode with_history(true);
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool stands = cast_.defined() && cast_.scalar_type() == type && master_ == master.data_ptr() &&
-                        version_ == master._version() && cast_.device() == master.device() &&
+    const bool stands = cast_.defined() && cast_.scalar_type() == type && master_.is(master) &&
                         cast_.requires_grad() == master.requires_grad();
     if (!stands) {
       cast_ = master.to(type);
-      master_ = master.data_ptr();
-      version_ = master._version();
+      master_ = ValueMark(master);
     }
     return cast_;
   }
@@ -69,8 +70,7 @@ class Shadow {
  private:
   mutable std::mutex mutex_;
   mutable Tensor cast_;
-  mutable const void* master_ = nullptr;
-  mutable int64_t version_ = 0;
+  mutable ValueMark master_;
 };
 
 }  // namespace internal

@@ -84,6 +84,7 @@ class RankAllocator : public Controller {
 
   NamedTensors state() const override {
     NamedTensors result{{"step", torch::scalar_tensor(step_, torch::kLong)}};
+    importance_.follow_tensors();
     for (size_t i = 0; i < pieces_.size(); ++i) {
       const auto& path = pieces_[i]->site().path;
       result.emplace_back(path + ".kept", kept_tensor(*pieces_[i]));
@@ -185,7 +186,7 @@ class RankAllocator : public Controller {
   }
 
   std::vector<std::shared_ptr<AdaLoraImpl>> pieces_;
-  internal::AdaLoraImportance importance_;
+  mutable internal::AdaLoraImportance importance_;  ///< which follows the pieces where they are moved
   int64_t initial_budget_ = 0, step_ = 0;
 };
 

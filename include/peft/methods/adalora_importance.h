@@ -58,6 +58,24 @@ class AdaLoraImportance {
 
   const std::vector<AdaLoraStack>& stacks() const { return stacks_; }
 
+  /// Moves the importances along with the tensors. What else is here takes them as they are.
+  void follow_tensors() {
+    const auto stays = [&](const AdaLoraStack& stack) {
+      return std::all_of(stack.members.begin(), stack.members.end(),
+                         [&](size_t i) { return is_like(pieces_[i]->lora_A, stack.sensitivity); });
+    };
+    if (std::all_of(stacks_.begin(), stacks_.end(), stays)) return;
+    const auto before = *this;
+    arrange();
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      for (const auto factor : all_factors) {
+        const auto from = before.of(i, factor), to = of(i, factor);
+        to.first.copy_(from.first);
+        to.second.copy_(from.second);
+      }
+    }
+  }
+
   /// Takes in a step's weights and gradients, of the tensors that have one. With `scored`, returns the
   /// `scores` after it, made while the values are in the cache.
   std::vector<Tensor> update(const ImportanceSettings& settings, const StepContext& context, bool scored) {
@@ -129,24 +147,6 @@ class AdaLoraImportance {
       size *= static_cast<int64_t>(stack->members.size());
       stack->sensitivity = torch::zeros({size}, A.options().requires_grad(false));
       stack->uncertainty = torch::zeros_like(stack->sensitivity);
-    }
-  }
-
-  /// Moves the importances along with the tensors.
-  void follow_tensors() {
-    const auto stays = [&](const AdaLoraStack& stack) {
-      return std::all_of(stack.members.begin(), stack.members.end(),
-                         [&](size_t i) { return is_like(pieces_[i]->lora_A, stack.sensitivity); });
-    };
-    if (std::all_of(stacks_.begin(), stacks_.end(), stays)) return;
-    const auto before = *this;
-    arrange();
-    for (size_t i = 0; i < pieces_.size(); ++i) {
-      for (const auto factor : all_factors) {
-        const auto from = before.of(i, factor), to = of(i, factor);
-        to.first.copy_(from.first);
-        to.second.copy_(from.second);
-      }
     }
   }
 

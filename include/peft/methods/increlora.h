@@ -163,8 +163,8 @@ class RankGrower : public Controller {
     return {{"step", torch::scalar_tensor(step_, torch::kLong)},
             {"growths", growths},
             {"score", scores()},
-            {"sensitivity", sensitivity_},
-            {"uncertainty", uncertainty_}};
+            {"sensitivity", sensitivity_.to(kind())},
+            {"uncertainty", uncertainty_.to(kind())}};
   }
   void load_state(const std::map<std::string, Tensor>& given) override {
     const auto count = static_cast<int64_t>(pieces_.size());

@@ -113,8 +113,21 @@ class AdapterOptimizer : public torch::optim::Optimizer {
     store();
     begin_moments(0);
     for (const auto& controller : controllers_) {
-      for (const auto& group : controller->groups()) append_group(group);
+      for (const auto& group : controller->groups()) {
+        NamedTensors joined;  // less what the optimizer was made with, after some growth
+        for (const auto& item : group) {
+          if (!index_.count(item.second.unsafeGetTensorImpl())) joined.push_back(item);
+        }
+        if (!joined.empty()) append_group(joined);
+      }
     }
+  }
+  /// Whether a state, as `state` gives it, has every parameter that the optimizer was made with.
+  bool has_first_parameters(const std::map<std::string, Tensor>& state) const {
+    for (size_t i = 0; i < names_.size(); ++i) {
+      if (group_of_[i] < first_groups_ && !state.count(names_[i] + ".step")) return false;
+    }
+    return true;
   }
 
   /// All that the next step depends on beside parameters and options: for each parameter, in the adapter's
@@ -216,11 +229,13 @@ class AdapterOptimizer : public torch::optim::Optimizer {
     for (size_t i = 0; i < defined.size(); ++i) steps_[i] += defined[i] ? 1 : 0;
   }
 
-  /// Takes parameters with such names out of the weight decay. Before the first step.
+  /// Takes parameters with such names out of the weight decay, those that join later too. Before the first
+  /// step.
   void exclude_from_decay(const std::function<bool(const std::string&)>& matches) {
     TORCH_CHECK(std::all_of(steps_.begin(), steps_.end(), [](int64_t step) { return step == 0; }), name_,
                 "::no_decay must be called before the first step");
     for (size_t i = 0; i < names_.size(); ++i) decays_[i] = decays_[i] && !matches(names_[i]);
+    undecayed_.push_back(matches);
     storage_.drop_untouched();
     arrange();
     begin_moments(0);
@@ -257,7 +272,8 @@ class AdapterOptimizer : public torch::optim::Optimizer {
       tensors_.push_back(tensor);
       members.push_back(tensor);
       group_of_.push_back(groups_);
-      decays_.push_back(true);
+      decays_.push_back(std::none_of(undecayed_.begin(), undecayed_.end(),
+                                     [&name = name](const auto& matches) { return matches(name); }));
       steps_.push_back(0);
     }
     add_param_group(torch::optim::OptimizerParamGroup(members, later_options_->clone()));
@@ -317,7 +333,8 @@ class AdapterOptimizer : public torch::optim::Optimizer {
 
   const char* name_;  ///< the optimizer's, for messages
   size_t columns_;
-  std::unordered_map<const c10::TensorImpl*, size_t> index_;  ///< of each of `tensors_`
+  std::unordered_map<const c10::TensorImpl*, size_t> index_;        ///< of each of `tensors_`
+  std::vector<std::function<bool(const std::string&)>> undecayed_;  ///< names, by predicates
   std::vector<size_t> model_order_;  ///< index into `names_` of each parameter in the adapter's order
   std::vector<std::shared_ptr<Controller>> controllers_;
   std::unique_ptr<torch::optim::OptimizerOptions> later_options_;  ///< of groups that join during training

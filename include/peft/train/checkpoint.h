@@ -177,7 +177,8 @@ inline std::string load_checkpoint(const std::filesystem::path& path, const Adap
     }
   }
   internal::ControllerStates controllers(adapter, optimizer);
-  controllers.load(parts["controller"], problems);
+  // Of a run that had grown less, this optimizer would lose what it was made with.
+  if (optimizer.has_first_parameters(parts["optimizer"])) controllers.load(parts["controller"], problems);
   const auto& tensors = parts["adapter"];
   const auto named = adapter.named_tensors();
   internal::check_tensors(named, tensors, problems);

@@ -87,6 +87,17 @@ class GradScaler {
     TORCH_CHECK(state.stage == Stage::ready, "GradScaler::unscale: ",
                 state.stage == Stage::unscaled ? "the gradients were divided already since the last update()"
                                                : "step() came before it");
+    for (const auto& group : optimizer.param_groups()) {
+      for (const auto& parameter : group.params()) {
+        const auto& gradient = parameter.grad();
+        if (!gradient.defined()) continue;
+        TORCH_CHECK(gradient.scalar_type() != torch::kFloat16,
+                    "GradScaler: gradients must be in float32, but got Half (hint: keep what trains in "
+                    "float32)");
+        TORCH_CHECK(gradient.device() == scale_.device(), "GradScaler: the loss was on ", scale_.device(),
+                    ", but a gradient is on ", gradient.device());
+      }
+    }
     std::vector<Tensor> on_gpu;
     const torch::NoGradGuard no_grad;
     // In float64, so that the inverse of a scale that float32 holds is right to the last bit.
@@ -100,11 +111,6 @@ class GradScaler {
       for (const auto& parameter : group.params()) {
         auto gradient = parameter.grad();
         if (!gradient.defined()) continue;
-        TORCH_CHECK(gradient.scalar_type() != torch::kFloat16,
-                    "GradScaler: gradients must be in float32, but got Half (hint: keep what trains in "
-                    "float32)");
-        TORCH_CHECK(gradient.device() == scale_.device(), "GradScaler: the loss was on ", scale_.device(),
-                    ", but a gradient is on ", gradient.device());
         if (gradient.is_cuda()) {
           on_gpu.push_back(gradient);
         } else {

@@ -55,7 +55,8 @@ class AdamW : public AdapterOptimizer {
   }
   Form form() const { return form_; }
 
-  /// Takes parameters with such names out of the weight decay. Before the first step.
+  /// Takes parameters with such names out of the weight decay, those that join later too. Before the first
+  /// step.
   AdamW& no_decay(const std::function<bool(const std::string&)>& matches) {
     exclude_from_decay(matches);
     return *this;
@@ -117,6 +118,7 @@ class AdamW : public AdapterOptimizer {
  protected:
   void count_step() override {
     if (!capturable_) return AdapterOptimizer::count_step();
+    TORCH_CHECK(!scalars_.empty(), "AdamW::step: prepare_step must come first");
     const auto& defined = storage_.defined();
     TORCH_CHECK(std::all_of(defined.begin(), defined.end(), [](char has) { return has; }),
                 "AdamW::step: every parameter of a capturable optimizer must have a gradient");
@@ -135,7 +137,6 @@ class AdamW : public AdapterOptimizer {
         if (factor == 0) factor = scale.defined() ? scale.item<double>() : 1;
         internal::adamw(values, gradients, mean, square, at.settings, steps_[at.first], factor);
       } else {
-        TORCH_CHECK(!capturable_ || run < scalars_.size(), "AdamW::step: prepare_step must come first");
         internal::adamw(values, gradients, mean, square, at.settings,
                         capturable_ ? scalars_[run] : scalars(at),
                         scale.defined() ? scale.to(values.device()) : scale);
