@@ -767,6 +767,71 @@ TEST_CASE("A task whose class asks for a head is named only with one", "[peft_di
   CHECK(config_of(folder / "out")["base_model_name_or_path"] == "some/base");
 }
 
+struct HeadImpl : torch::nn::Cloneable<HeadImpl> {
+  HeadImpl() { HeadImpl::reset(); }
+  void reset() override {
+    dense = register_module("dense", peft::Linear(4, 4));
+    out_proj = register_module("out_proj", peft::Linear(4, 2));
+  }
+  peft::Linear dense{nullptr}, out_proj{nullptr};
+};
+TORCH_MODULE(Head);
+
+/// A model with Hugging Face's name for a head, here of two layers.
+struct HeadedImpl : torch::nn::Cloneable<HeadedImpl>, peft::Described {
+  HeadedImpl() { HeadedImpl::reset(); }
+  void reset() override {
+    q = register_module("q", peft::Linear(4, 4));
+    v = register_module("v", peft::Linear(4, 4));
+    classifier = register_module("classifier", Head());
+  }
+  peft::ModelDescription describe() const override { return {"SEQ_CLS", "some/base", "roberta"}; }
+  peft::Linear q{nullptr}, v{nullptr};
+  Head classifier{nullptr};
+};
+TORCH_MODULE(Headed);
+
+TEST_CASE("The head that a task's class saves is read without its name, as before peft 0.11",
+          "[peft_directory]") {
+  const TemporaryFolder folder;
+  Headed model;
+  const auto adapter =
+      peft::add_adapter(*model, {peft::on(peft::LoraOptions(2), peft::named({"q"})),
+                                 peft::on(peft::ReplaceOptions(), peft::named({"classifier"}))});
+  perturb(adapter);
+  CHECK(peft::save_adapter(adapter, folder / "out").empty());
+  CHECK(config_of(folder / "out")["task_type"] == "SEQ_CLS");
+  change_config(folder / "out", [](auto& json) { json["modules_to_save"] = nullptr; });
+  Headed other;
+  const auto loaded = peft::load_adapter(*other, folder / "out");
+  CHECK(loaded.sites() == Strings{"q", "classifier.dense", "classifier.out_proj"});
+
+  // A part of the head is not what that class asks for.
+  Headed third;
+  const auto part =
+      peft::add_adapter(*third, {peft::on(peft::LoraOptions(2), peft::named({"q"})),
+                                 peft::on(peft::ReplaceOptions(), peft::named({"classifier.out_proj"}))});
+  const auto notes = peft::save_adapter(part, folder / "part");
+  REQUIRE(notes.size() == 1);
+  CHECK_THAT(notes[0], Contains("task type SEQ_CLS is left out"));
+  CHECK(config_of(folder / "part")["task_type"].is_null());
+}
+
+TEST_CASE("Features that Python turns on by an empty setting are not passed over", "[peft_directory]") {
+  const TemporaryFolder folder;
+  auto model = toy();
+  peft::save_adapter(peft::add_adapter(*model, peft::LoraOptions(2), peft::named({"q"})), folder / "out");
+  for (const char* key : {"kasa_config", "arrow_config", "velora_config", "monteclora_config"}) {
+    change_config(folder / "out", [&](auto& json) { json[key] = nlohmann::json::object(); });
+    auto other = toy();
+    CHECK_THAT(refusal_of(other, folder / "out"), Contains(std::string("'") + key + "' is not supported"));
+    change_config(folder / "out", [&](auto& json) { json[key] = nullptr; });
+  }
+  change_config(folder / "out", [&](auto& json) { json["megatron_config"] = nlohmann::json::object(); });
+  auto other = toy();
+  CHECK(refusal_of(other, folder / "out") == "nothing");
+}
+
 TEST_CASE("Targets that are not given follow from the type of the base", "[peft_directory]") {
   const TemporaryFolder folder;
   auto model = toy();

@@ -228,7 +228,40 @@ TEST_CASE("One directory holds one method", "[peft_formats]") {
                                  peft::on(peft::DoraOptions(peft::LoraOptions(2)), peft::named({"v"}))});
   CHECK_THROWS_WITH(peft::save_adapter(halves, folder / "out"),
                     Contains("'v' must carry LoRA without DoRA as 'q', for one config holds both"));
+  const auto start = [](int64_t bits) {
+    return peft::LoraOptions(2).init(peft::LoraInit::loftq).loftq_bits(bits);
+  };
+  auto third = toy();
+  const auto bits = peft::add_adapter(
+      *third, {peft::on(start(4), peft::named({"q"})), peft::on(start(8), peft::named({"v"}))});
+  CHECK_THROWS_WITH(peft::save_adapter(bits, folder / "out"),
+                    Contains("'v' must have the same loftq_bits and loftq_iter as 'q'"));
+  const auto ranks = [](double dropout) {
+    return peft::AdaLoraOptions(20).init_rank(4).target_rank(2).dropout(dropout);
+  };
+  auto fourth = toy();
+  const auto rates = peft::add_adapter(
+      *fourth, {peft::on(ranks(0.1), peft::named({"q"})), peft::on(ranks(0.5), peft::named({"v"}))});
+  CHECK_THROWS_WITH(peft::save_adapter(rates, folder / "out"), Contains("'v' must have the same options as"));
   CHECK_FALSE(std::filesystem::exists(folder / "out"));
+}
+
+TEST_CASE("Numbers of a config keep their meaning in Python", "[peft_formats]") {
+  const TemporaryFolder folder;
+  auto model = toy();
+  // A scale of the initial rank, which Python would take from what is left of it.
+  peft::save_adapter(peft::add_adapter(*model, peft::AdaLoraOptions(20).init_rank(4).target_rank(2).alpha(0),
+                                       peft::named({"q"})),
+                     folder / "adalora");
+  CHECK(config_of(folder / "adalora")["lora_alpha"] == 4);
+  auto other = toy();
+  const auto key = int64_t{1} << 40;
+  peft::save_adapter(
+      peft::add_adapter(*other, peft::VeraOptions(3).projection_prng_key(key), peft::named({"q"})),
+      folder / "vera");
+  auto third = toy();
+  const auto loaded = peft::load_adapter(*third, folder / "vera");
+  CHECK(loaded.layers<peft::VeraImpl>().at(0)->options.projection_prng_key() == key);
 }
 
 TEST_CASE("What Python has no words for beside a method is written in a form of our own", "[peft_formats]") {
@@ -256,6 +289,10 @@ TEST_CASE("What Python has no words for beside a method is written in a form of 
     check({peft::on(peft::OftOptions(4), peft::named({"q"})),
            peft::on(peft::BiasOptions(), peft::named({"v"}))},
           "BIAS", "OFT", "the biases it trains are neither those of all layers nor those of the OFT's");
+  }
+  SECTION("a bias of LoRA's own where Python starts it otherwise") {
+    check({peft::on(peft::LoraOptions(2).lora_bias(true).init(peft::LoraInit::mica), peft::named({"q"}))},
+          "REPLACE", "LORA", "Python has no lora_bias where LoRA starts by mica");
   }
   SECTION("tokens and LoRA on one embedding") {
     check({peft::on(peft::TrainableTokensOptions({3, 1}), peft::named({"emb"})),

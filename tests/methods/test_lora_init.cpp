@@ -1,5 +1,7 @@
 #include <cmath>
 
+#include "io/temporary_folder.h"
+#include "peft/io/peft_directory.h"
 #include "peft/methods/bias.h"
 #include "peft/methods/corda.h"
 #include "peft/methods/eva.h"
@@ -373,6 +375,20 @@ TEST_CASE("EVA takes the adapter off a layer that gets no rank", "[lora][init]")
   CHECK(net.narrow->pieces("default").size() == 2);
   CHECK(net.wide->pieces("default").size() == 1);
   CHECK_NOTHROW(net.wide->forward(y));
+
+  // Its file does not say that layer again, by whatever name the adapter was asked for.
+  const peft_test::TemporaryFolder folder;
+  auto pair = std::make_shared<TwoImpl>();
+  auto named = peft::add_adapter(*pair, LoraOptions(1).init(LoraInit::eva), peft::matching("narrow|wide"));
+  peft::initialize_eva(*pair, named, [&](Tensor&) {
+    pair->narrow->forward(strong);
+    pair->wide->forward(y);
+    return true;
+  });
+  REQUIRE(named.sites() == std::vector<std::string>{"narrow"});
+  peft::save_adapter(named, folder / "out");
+  auto other = std::make_shared<TwoImpl>();
+  CHECK(peft::load_adapter(*other, folder / "out").sites() == named.sites());
 }
 
 TEST_CASE("EVA says what is wrong and leaves the model as it was", "[lora][init]") {

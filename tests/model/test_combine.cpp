@@ -519,6 +519,11 @@ TEST_CASE("PEM arithmetic on LoRA adds A and B apart, or products exactly", "[co
     }
     CHECK(largest(A(sum), (weight[0] * s(a) * A(a) + weight[1] * s(b) * A(b)) / (weight[0] + weight[1])) <
           1e-13);
+    check_refused(*net,
+                  [&] {
+                    peft::addition(*net, {{"a", 1}, {"b", 0}}, "x", peft::AdditionOptions().fisher(fisher));
+                  },
+                  {"with fisher, the weight of 'b' must be positive"});
     auto short_of_one = fisher;
     short_of_one[0].erase("query.lora.lora_B");
     check_refused(

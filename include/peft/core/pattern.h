@@ -5,6 +5,7 @@
 
 #include <regex>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,16 @@ template <class Value>
 using Pattern = std::pair<std::string, Value>;
 
 namespace internal {
+
+/// An expression that matches this text alone.
+inline std::string escape_regex(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (std::string_view(".^$|()[]{}*+?\\").find(c) != std::string_view::npos) out += '\\';
+    out += c;
+  }
+  return out;
+}
 
 /// What matches the paths that a pattern matches, as a whole or after a dot.
 inline std::regex suffix_expression(const std::string& pattern) {

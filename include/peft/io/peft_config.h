@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -43,6 +44,14 @@ struct PeftConfig {
 inline constexpr const char* peft_format_version = "0.21.2";
 inline constexpr std::array<const char*, 6> task_types{"SEQ_CLS",   "SEQ_2_SEQ_LM", "CAUSAL_LM",
                                                        "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"};
+
+/// The tasks whose classes in Python save a head of their own accord, by any of these names.
+inline const std::map<std::string, std::vector<std::string>>& task_heads() {
+  static const std::map<std::string, std::vector<std::string>> heads{{"SEQ_CLS", {"classifier", "score"}},
+                                                                     {"TOKEN_CLS", {"classifier", "score"}},
+                                                                     {"QUESTION_ANS", {"qa_outputs"}}};
+  return heads;
+}
 
 /// The keys of every adapter_config.json and, with a method, that method's, with Python's defaults.
 inline nlohmann::json default_json(const PeftFormat* format) {

@@ -46,6 +46,7 @@ class PeftConfigReader {
     }
     config_.modules_to_save = fields_.strings("modules_to_save");
     if (config_.own) config_.bias_modules = fields_.strings("bias_modules");
+    add_heads();
     if (config_.format) {
       read_targets();
       read_bias();
@@ -86,6 +87,18 @@ class PeftConfigReader {
     std::string text;
     for (const auto& type : types) text += (text.empty() ? "" : ", ") + type;
     return text;
+  }
+
+  /// Python's classes for these tasks save their head, whether the config names it or, as before peft 0.11,
+  /// not.
+  void add_heads() {
+    if (config_.own || !known_.contains("modules_to_save")) return;
+    const auto heads = task_heads().find(config_.task_type);
+    if (heads == task_heads().end()) return;
+    auto& saved = config_.modules_to_save;
+    for (const auto& name : heads->second) {
+      if (std::find(saved.begin(), saved.end(), name) == saved.end()) saved.push_back(name);
+    }
   }
 
   /// True where the method has this key and the file gives it.

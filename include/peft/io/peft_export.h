@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "peft/core/adapter.h"
+#include "peft/core/pattern.h"
 #include "peft/core/problems.h"
 #include "peft/io/peft_config.h"
 #include "peft/io/peft_format.h"
@@ -208,14 +209,18 @@ class PeftExporter {
     return above;
   }
 
-  /// True if a short form of the targets also means a layer of the method's that they do not place.
+  /// True if a short form of the targets also means a layer that they do not place: one that the method left
+  /// out, or lost on the way.
   template <class Means>
   bool means_too_much(const Means& means) const {
     const auto placed = targets();
-    return std::any_of(methods_.begin(), methods_.end(), [&](const Entry& entry) {
-      const auto target = target_of(entry);
+    const auto is_other = [&](const std::string& target) {
       return means(target) && std::find(placed.begin(), placed.end(), target) == placed.end();
-    });
+    };
+    const auto& all = adapter_.record().paths;
+    return std::any_of(all.begin(), all.end(), is_other) ||
+           std::any_of(methods_.begin(), methods_.end(),
+                       [&](const Entry& entry) { return is_other(target_of(entry)); });
   }
 
   bool names_say_it() {
@@ -252,8 +257,12 @@ class PeftExporter {
       }
     }
     const auto named = [&](const std::string& target) {
-      return std::any_of(names.begin(), names.end(),
-                         [&](const std::string& name) { return ends_in_name(target, name); });
+      const auto bears = [&target](const std::string& name) { return ends_in_name(target, name); };
+      if (std::any_of(first.exclude.begin(), first.exclude.end(), bears)) return false;
+      if (std::none_of(names.begin(), names.end(), bears)) return false;
+      if (first.layers.empty() || names.count(target)) return true;
+      const auto layer = layer_index(target, first.layers_pattern);
+      return std::find(first.layers.begin(), first.layers.end(), layer) != first.layers.end();
     };
     if (means_too_much(named)) return false;
     config_.target_names.assign(names.begin(), names.end());
@@ -295,7 +304,9 @@ class PeftExporter {
         own("'" + path(entry) + "' is a part of a module, which Python saves whole");
       }
       if (plain && lies_under(path(entry), origin.names)) {
-        names.insert(origin.names.begin(), origin.names.end());
+        for (const auto& name : origin.names) {
+          if (lies_under(path(entry), {name})) names.insert(name);
+        }
       } else {
         names.insert(path(entry));
       }
@@ -389,13 +400,16 @@ class PeftExporter {
 
   /// Python's classes for these tasks ask for a trained head.
   void check_head() {
-    const std::map<std::string, std::vector<std::string>> heads{{"SEQ_CLS", {"classifier", "score"}},
-                                                                {"TOKEN_CLS", {"classifier", "score"}},
-                                                                {"QUESTION_ANS", {"qa_outputs"}}};
-    const auto found = heads.find(config_.task_type);
-    if (found == heads.end() || config_.own) return;
-    const auto is_head = [&](const Entry& entry) { return lies_under(path(entry), found->second); };
-    if (std::any_of(saved_.begin(), saved_.end(), is_head)) return;
+    const auto found = task_heads().find(config_.task_type);
+    if (found == task_heads().end() || config_.own) return;
+    const auto is_saved_head = [&](const std::string& p) {
+      const auto ends = [&p](const std::string& name) { return p.ends_with(name); };
+      const auto& names = config_.modules_to_save;
+      return std::any_of(found->second.begin(), found->second.end(), ends) &&
+             std::any_of(names.begin(), names.end(), ends);
+    };
+    const auto& all = adapter_.record().paths;
+    if (std::any_of(all.begin(), all.end(), is_saved_head)) return;
     if (config_.format && !config_.format->wraps_layers()) {
       notes_.push_back(
           "the task type " + config_.task_type +

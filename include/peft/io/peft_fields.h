@@ -60,11 +60,14 @@ class ConfigFields {
     problems_.add(file_ + ": " + line);
     if (decides_shapes) usable_ = false;
   }
-  /// Refuses features this library does not have: keys that are neither null, false nor empty.
+  /// Refuses features this library does not have: keys that are neither null nor false nor, of those whose
+  /// emptiness means the same to Python, empty.
   void refuse_features(const std::vector<std::string>& keys) {
+    static const std::set<std::string> off_if_empty{"layer_replication", "megatron_config", "loftq_config",
+                                                    "target_parameters", "trainable_token_indices"};
     for (const auto& key : keys) {
       if (!has(key) || json_[key] == false) continue;
-      if (json_[key].is_structured() && json_[key].empty()) continue;
+      if (off_if_empty.count(key) && json_[key].is_structured() && json_[key].empty()) continue;
       refuse("'" + key + "' is not supported yet, but got " + json_text(json_[key]));
     }
   }
@@ -87,11 +90,15 @@ class ConfigFields {
     }
     return json_[key].get<bool>();
   }
-  /// An integer of at least `least`.
-  int64_t integer(const std::string& key, int64_t absent, int64_t least) {
+  static constexpr int64_t largest = std::numeric_limits<int32_t>::max();
+  /// An integer from `least` to `most`.
+  int64_t integer(const std::string& key, int64_t absent, int64_t least, int64_t most = largest) {
     if (!json_.contains(key)) return absent;
-    if (!is_integer(json_[key], least)) {
-      complain(key, "must be an integer of at least " + std::to_string(least));
+    const auto& value = json_[key];
+    if (!is_integer(value, least, most)) {
+      const bool above = value.is_number_unsigned() && value.get<uint64_t>() > static_cast<uint64_t>(most);
+      complain(key, above ? "must be an integer of at most " + std::to_string(most)
+                          : "must be an integer of at least " + std::to_string(least));
       return absent;
     }
     return json_[key].get<int64_t>();
@@ -146,9 +153,9 @@ class ConfigFields {
   }
 
  private:
-  static bool is_integer(const nlohmann::ordered_json& value, int64_t least) {
-    return value.is_number_integer() && value.get<int64_t>() >= least &&
-           value.get<int64_t>() <= std::numeric_limits<int32_t>::max();
+  static bool is_integer(const nlohmann::ordered_json& value, int64_t least, int64_t most = largest) {
+    if (value.is_number_unsigned() && value.get<uint64_t>() > static_cast<uint64_t>(most)) return false;
+    return value.is_number_integer() && value.get<int64_t>() >= least && value.get<int64_t>() <= most;
   }
   template <class Value, class Fits>
   std::vector<Pattern<Value>> patterns(const std::string& key, const std::string& must, bool decides_shapes,

@@ -109,14 +109,4 @@ inline bool reads_alike_in_python(const std::string& ecmascript) {
   return converted.problem.empty() && converted.text == ecmascript;
 }
 
-/// An expression that matches this text alone.
-inline std::string escape_regex(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (std::string_view(".^$|()[]{}*+?\\").find(c) != std::string_view::npos) out += '\\';
-    out += c;
-  }
-  return out;
-}
-
 }  // namespace peft::internal

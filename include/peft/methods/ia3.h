@@ -116,10 +116,9 @@ namespace internal {
 /// part of.
 inline bool is_feedforward(const Ia3Options& options, const SiteInfo& site) {
   const auto& names = options.feedforward();
+  const std::regex pattern(options.feedforward_pattern());
   const auto means = [&](const std::string& path) {
-    if (!options.feedforward_pattern().empty()) {
-      return std::regex_match(path, std::regex(options.feedforward_pattern()));
-    }
+    if (!options.feedforward_pattern().empty()) return std::regex_match(path, pattern);
     return std::any_of(names.begin(), names.end(),
                        [&](const std::string& name) { return path.ends_with(name); });
   };

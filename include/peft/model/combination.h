@@ -5,12 +5,12 @@
 #include <cmath>
 #include <map>
 #include <memory>
-#include <regex>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "peft/core/pattern.h"
 #include "peft/kernels/is_finite.h"
 #include "peft/model/active.h"
 #include "peft/model/add_adapter.h"
@@ -229,7 +229,7 @@ class Combination {
     if (is_plain(first->options.init())) recipe_.lora.init(first->options.init());
     for (const auto& [target, rank] : ranks) {
       if (rank == recipe_.rank) continue;
-      const auto pattern = "^" + std::regex_replace(target, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+      const auto pattern = "^" + escape_regex(target);
       recipe_.lora.rank_pattern().emplace_back(pattern, rank);
       recipe_.lora.alpha_pattern().emplace_back(pattern, static_cast<double>(rank));
     }
@@ -261,16 +261,15 @@ class Combination {
       }
       return;
     }
-    if (recipe_.weights[i] < 0)
-      problems_.add("with fisher, the weight of '" + name + "' must not be negative");
+    if (recipe_.weights[i] <= 0) problems_.add("with fisher, the weight of '" + name + "' must be positive");
     double sum = 0;
     for (const auto& terms : terms_) {
       for (const auto& term : terms.list) {
         if (term.adapter != i) continue;
         const auto* lora = dynamic_cast<const LoraImpl*>(term.piece.get());
-        if (lora && factors_of(*lora).rank() != lora->rank) {
+        if (lora && (factors_of(*lora).rank() != lora->rank || lora->options.init() == LoraInit::mica)) {
           problems_.add("'" + terms.site->path() + "': fisher weighs A and B, but the LoRA of '" + name +
-                        "' has a start taken out of the base, or blocks");
+                        "' has a start taken out of the base, a B that does not train, or blocks");
           continue;
         }
         for (const auto& item : term.piece->named_parameters()) {

@@ -217,7 +217,14 @@ inline Factors combined_factors(const Terms& terms, const Recipe& recipe) {
   for (const auto& term : all) {
     if (term.bias.defined()) biases.push_back(term.bias * term.scaling);
   }
-  if (!biases.empty()) result.bias = merge_tensors(biases, weights, options);
+  if (biases.empty()) return result;
+  if (recipe.factors.empty()) {
+    result.bias = merge_tensors(biases, weights, options);
+  } else {
+    const auto factors = recipe.coefficients(terms, "lora_B_bias", biases.front());
+    for (size_t i = 0; i < biases.size(); ++i) biases[i] = biases[i] * factors[i];
+    result.bias = torch::stack(biases).sum(0);
+  }
   return result;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <string>
 #include <utility>
@@ -64,7 +65,9 @@ inline BottleneckOptions read_block(ConfigFields& fields) {
   options.init_weights(init == "bert"      ? BottleneckInit::bert
                        : init == "houlsby" ? BottleneckInit::houlsby
                                            : BottleneckInit::mam_adapter);
-  if (fields.has("init_weights_seed")) options.init_weights_seed(fields.integer("init_weights_seed", 0, 0));
+  if (fields.has("init_weights_seed")) {
+    options.init_weights_seed(fields.integer("init_weights_seed", 0, 0, std::numeric_limits<int64_t>::max()));
+  }
   if (fields.boolean("phm_layer")) options.phm(read_phm(fields));
   return options;
 }

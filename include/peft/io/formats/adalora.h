@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <functional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -51,8 +52,11 @@ class AdaLoraFormat final : public PeftFormat {
              Problems& problems) const override {
     const auto& options = adalora(entries.front()).options;
     const auto differs = [&](const AdaLoraOptions& other) {
-      return other.init_rank() != options.init_rank() || other.alpha() != options.alpha() ||
-             other.total_step() != options.total_step() || other.target_rank() != options.target_rank();
+      const auto said = [](const AdaLoraOptions& o) {
+        return std::tuple(o.init_rank(), o.target_rank(), o.tinit(), o.tfinal(), o.delta_t(), o.total_step(),
+                          o.beta1(), o.beta2(), o.orth_reg_weight(), o.alpha(), o.dropout(), o.init());
+      };
+      return said(other) != said(options);
     };
     for (const auto& entry : entries) {
       if (differs(adalora(entry).options)) {
@@ -74,7 +78,9 @@ class AdaLoraFormat final : public PeftFormat {
     json["beta1"] = options.beta1();
     json["beta2"] = options.beta2();
     json["orth_reg_weight"] = options.orth_reg_weight();
-    json["lora_alpha"] = plain_number(options.alpha());
+    // Where it is not positive Python takes the rank, and that of the ranks that are left.
+    json["lora_alpha"] =
+        plain_number(options.alpha() > 0 ? options.alpha() : static_cast<double>(options.init_rank()));
     json["lora_dropout"] = options.dropout();
     if (!options.init()) json["init_lora_weights"] = false;
     for (const auto& entry : entries) {

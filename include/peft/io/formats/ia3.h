@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "peft/core/pattern.h"
 #include "peft/io/peft_format.h"
 #include "peft/methods/ia3.h"
 

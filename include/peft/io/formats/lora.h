@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "peft/core/pattern.h"
 #include "peft/core/random_state.h"
 #include "peft/io/formats/lora_config.h"
 #include "peft/io/formats/trainable_tokens.h"
@@ -34,6 +35,11 @@ class LoraFormat final : public PeftFormat {
   bool adapts_whole_modules() const override { return true; }
   std::string unreadable(const Entries& entries) const override {
     for (const auto& entry : entries) {
+      if (const auto* lora = lora_in(*entry.piece); lora && lora->options.lora_bias()) {
+        const auto init = lora->options.init();
+        if (init == LoraInit::mica || init == LoraInit::loftq)
+          return std::string("Python has no lora_bias where LoRA starts by ") + to_string(init);
+      }
       const bool inside = entry.piece->site().files.kind != FileNames::Kind::layer;
       if (inside && is_dora(*entry.piece)) return PeftFormat::unreadable({entry});
       const auto beside = [&](const Adapter::Entry& other) {
@@ -114,6 +120,10 @@ class LoraFormat final : public PeftFormat {
       if ((other.init() == LoraInit::mica) != (first.init() == LoraInit::mica) ||
           (other.init() == LoraInit::loftq) != (first.init() == LoraInit::loftq)) {
         problems.add(where + "start" + as);
+      }
+      if (other.init() == LoraInit::loftq &&
+          (other.loftq_bits() != first.loftq_bits() || other.loftq_iter() != first.loftq_iter())) {
+        problems.add(where + "have the same loftq_bits and loftq_iter" + as);
       }
     }
     write_parameters(entries, json, notes, problems);

@@ -60,8 +60,8 @@ class VeraFormat final : public PeftFormat {
 
   std::function<Part(Target)> read(ConfigFields& fields) const override {
     VeraOptions options(fields.integer("r", 256, 1));
-    options.projection_prng_key(
-        fields.integer("projection_prng_key", 0, std::numeric_limits<int32_t>::min()));
+    options.projection_prng_key(fields.integer("projection_prng_key", 0, std::numeric_limits<int64_t>::min(),
+                                               std::numeric_limits<int64_t>::max()));
     options.save_projection(fields.boolean("save_projection", true));
     options.dropout(fields.number(
         "vera_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
