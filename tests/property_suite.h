@@ -217,7 +217,7 @@ inline void check_properties(const LayerCase& layer_case, const Promise& promise
     const auto originals = copies(module);
     peft::merge(module);
     CHECK(largest(run(module), before) < 1e-10);
-    CHECK_THROWS_WITH(peft::merge(module), Contains("merged already"));
+    CHECK_THROWS_WITH(peft::merge(module), Contains("is merged (hint: unmerge first)"));
     CHECK_THROWS_WITH(peft::set_active(module, {}), Contains("unmerge first"));
     peft::unmerge(module);
     const auto after = copies(module);

@@ -252,7 +252,7 @@ TEST_CASE("A copy of a merged model unmerges to its own originals", "[site]") {
   peft::merge(*model);
   auto copy = peft::clone(*model);
   CHECK(torch::equal(copy->forward(x), model->forward(x)));
-  CHECK_THROWS_WITH(peft::merge(*copy), Contains("merged already"));
+  CHECK_THROWS_WITH(peft::merge(*copy), Contains("is merged (hint: unmerge first)"));
   peft::unmerge(*copy);
   CHECK(torch::equal(copy->first->base->weight, original));
   CHECK(torch::equal(copy->forward(x), adapted));
@@ -381,6 +381,13 @@ TEST_CASE("Each row of a batch can use its own adapter", "[rows]") {
   }
   peft::merge(*model);
   CHECK_THROWS_WITH(model->forward(x), Contains("is merged (hint: unmerge first)"));
+
+  peft::LSTM lstm(4, 3);  // which runs on its weights alone
+  peft::add_adapter(*lstm, LoraOptions(2), named({"weight_ih_l0"}), "german");
+  peft::merge(*lstm);
+  lstm->eval();
+  const peft::RowAdapters base({"__base__", "__base__"});
+  CHECK_THROWS_WITH(lstm->forward(torch::ones({5, 2, 4})), Contains("is merged (hint: unmerge first)"));
 }
 
 TEST_CASE("Rows with adapters equal whole batches with the adapter set active", "[rows]") {

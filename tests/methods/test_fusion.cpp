@@ -257,3 +257,17 @@ TEST_CASE("Wrong fusions are refused before anything changes", "[fusion]") {
   CHECK_THROWS_WITH(peft::add_adapter(*site, ab(), peft::all()),
                     Contains("matches no site that can take it"));
 }
+
+TEST_CASE("A fusion that lowers its temperature refuses to run twice for one forward", "[fusion]") {
+  for (const bool temperature : {false, true}) {
+    auto model = with_two();
+    peft::add_fusion(*model, ab().temperature(temperature));
+    model->gradient_checkpointing(true);
+    model->train();
+    if (temperature) {
+      CHECK_THROWS_WITH(model->forward(texts()), Contains("gradient checkpointing runs two"));
+    } else {
+      CHECK_NOTHROW(model->forward(texts()).logits.sum().backward());
+    }
+  }
+}

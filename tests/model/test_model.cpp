@@ -272,16 +272,17 @@ TEST_CASE("All problems come at once and nothing has changed", "[add_adapter]") 
   auto net = make_net();
   peft::add_adapter(*net, LoraOptions(2), named({"query"}), "first");
   net->temperature.set_requires_grad(true);
-  check_refused(*net,
-                [&] {
-                  peft::add_adapter(*net,
-                                    {peft::on(LoraOptions(2), named({"query", "kez", "norm", "dense"})),
-                                     peft::on(peft::BiasOptions(), named({"embed"}))},
-                                    "a.b");
-                },
-                {"add_adapter: 9 problems: ", "no module matches target 'kez'", "hold a dot", "'a.b'",
-                 "'encoder.layer.2.norm' cannot take 'lora'", "'encoder.layer.0.dense' matches but",
-                 "'embed' cannot take 'bias'"});
+  check_refused(
+      *net,
+      [&] {
+        peft::add_adapter(*net,
+                          {peft::on(LoraOptions(2), named({"query", "kez", "norm", "dense"})),
+                           peft::on(peft::BiasOptions(), named({"embed"}))},
+                          "a.b");
+      },
+      {"add_adapter: 9 problems: ", "no module matches target 'kez'",
+       "hold a dot or be '__base__' or '__probe__'", "'a.b'", "'encoder.layer.2.norm' cannot take 'lora'",
+       "'encoder.layer.0.dense' matches but", "'embed' cannot take 'bias'"});
   const auto add = [&](const std::string& name) {
     peft::add_adapter(*net, LoraOptions(2), named({"query"}), name);
   };
@@ -565,7 +566,7 @@ TEST_CASE("Merging refuses what it cannot do, before anything is changed", "[mer
   SECTION("the verbs while merged") {
     peft::merge(*net);
     CHECK(largest(run(net), adapted) < 1e-5);
-    check_refused(*net, [&] { peft::merge(*net); }, {"is merged already"});
+    check_refused(*net, [&] { peft::merge(*net); }, {"is merged (hint: unmerge first)"});
     check_refused(*net, [&] { peft::set_active(*net, {"one"}); }, {"unmerge first"});
     check_refused(*net, [&] { peft::rename(*net, "one", "x"); }, {"unmerge first"});
     check_refused(*net, [&] { peft::add_adapter(*net, LoraOptions(2), named({"query"}), "x"); },
@@ -766,4 +767,91 @@ TEST_CASE("Parts of a model that were adapted apart keep their adapters and thei
   const auto whole = peft::add_adapter(*both, options, peft::all(), "whole");
   peft::summary(*both->left);
   CHECK(whole.sites() == std::vector<std::string>{"left.0", "right.0"});
+}
+
+TEST_CASE("A verb on a part of a model leaves the names of the whole", "[adapter]") {
+  auto net = make_net();
+  const auto adapter = peft::add_adapter(*net, LoraOptions(2), named({"query"}), "one");
+  const auto names = adapter.sites();
+  auto& part = *net->encoder;
+  const auto spare = peft::clone(part);
+  CHECK(adapter.sites() == names);
+  CHECK(peft::adapter(*spare, "one").sites() == Paths{"layer.0.query", "layer.1.query", "layer.2.query"});
+  CHECK(peft::adapter(part, "one").sites() == names);
+  // One added to the part has the same names, those of layers that carried none too.
+  const auto second = peft::add_adapter(part, LoraOptions(2), named({"value"}), "two");
+  for (const auto& path : second.sites()) CHECK_THAT(path, Contains("encoder.layer."));
+  CHECK(adapter.sites() == names);
+  // What is left of an adapter that was taken off a part comes off too.
+  peft::train_also(adapter, *net, named({"classifier"}));
+  peft::remove_adapter(part, "one");
+  CHECK_NOTHROW(peft::remove_adapter(*net, "one"));
+  CHECK_NOTHROW(peft::add_adapter(*net, LoraOptions(2), named({"query"}), "one"));
+}
+
+TEST_CASE("A copy has the frozen and the trained tensors of its source, whatever the order of its parts",
+          "[adapter]") {
+  auto net = make_net();
+  const auto lora = peft::add_adapter(
+      *net, {peft::on(LoraOptions(2), named({"query"})), peft::on(peft::BiasOptions(), named({"query"}))});
+  for (const auto& piece : lora.layers<peft::LoraImpl>()) piece->lora_A.set_requires_grad(false);
+  const auto copy = peft::clone(*net);
+  const auto copied = peft::adapter(*copy, "default");
+  for (const auto& piece : copied.layers<peft::LoraImpl>()) {
+    CHECK_FALSE(piece->lora_A.requires_grad());
+    CHECK(piece->lora_B.requires_grad());
+  }
+  for (const auto& piece : copied.layers<peft::BiasImpl>()) {
+    for (const auto& tensor : piece->parameters()) CHECK(tensor.requires_grad());
+  }
+  CHECK(copy->named_parameters().keys() == net->named_parameters().keys());
+}
+
+TEST_CASE("Two layers of one tensor are not merged apart", "[merge]") {
+  struct Tied : nn::Module {
+    Tied() {
+      register_module("words", words);
+      register_module("head", head);
+      head->base->weight = words->base->weight;
+    }
+    peft::Linear words{5, 5}, head{5, 5};
+  };
+  const auto net = std::make_shared<Tied>();
+  shake(peft::add_adapter(*net, LoraOptions(2), named({"head"})));
+  const auto before = net->words->base->weight.detach().clone();
+  CHECK_THROWS_WITH(peft::merge(*net), Contains("'head' and 'words' are one tensor"));
+  CHECK(torch::equal(net->words->base->weight, before));
+}
+
+TEST_CASE("A model merged for good becomes a plain one", "[merge]") {
+  auto net = make_net();
+  shake(peft::add_adapter(*net, LoraOptions(2), named({"query"}), "one"));
+  const auto adapted = run(net);
+  peft::merge(*net, /*keep=*/false);
+  CHECK_THROWS_WITH(peft::set_active(*net, {}), Contains("its original was not kept"));
+  const auto merged = run(net);
+  peft::remove_adapter(*net, "one");
+  CHECK(torch::equal(run(net), merged));
+  CHECK(largest(merged, adapted) < 1e-5);
+  CHECK(peft::active_adapters(*net).empty());
+  const auto next = peft::add_adapter(*net, LoraOptions(2), named({"query"}), "two");
+  CHECK(torch::equal(run(net), merged));
+  shake(next);
+  CHECK_FALSE(torch::equal(run(net), merged));
+}
+
+TEST_CASE("The change of one site is asked of a model that is not merged", "[adapter]") {
+  auto net = make_net();
+  const auto adapter = peft::add_adapter(*net, LoraOptions(2), named({"classifier"}));
+  peft::merge(*net);
+  CHECK_THROWS_WITH(adapter.effective_delta("classifier"),
+                    Contains("effective_delta: 'classifier' is merged (hint: unmerge first)"));
+}
+
+TEST_CASE("Further copies of layers do not switch an adapter on", "[add_adapter]") {
+  auto net = make_net();
+  const auto adapter = peft::add_adapter(*net, LoraOptions(2), named({"query"}), "one");
+  peft::set_active(*net, {});
+  peft::train_also(adapter, *net, named({"classifier"}));
+  CHECK(peft::active_adapters(*net).empty());
 }

@@ -492,3 +492,20 @@ TEST_CASE("Threads may run a closed model while another switches its adapters", 
   for (auto& thread : threads) thread.join();
   CHECK(wrong == 0);
 }
+
+TEST_CASE("A closed model may go back within what it runs, and give a number", "[reparametrized]") {
+  peft::Reparametrized model(encoder(2));
+  const auto adapter = peft::add_adapter(*model, LoraOptions(2), named({"linear1", "linear2"}));
+  model->train();
+  const auto x = torch::randn({5, 3, 4});
+  const auto loss = [&x](auto& inner) { return inner.forward(x).square().mean(); };
+  const auto before = model->run([&](auto& inner) { return loss(inner).template item<double>(); });
+  model->run([&](auto& inner) { loss(inner).backward(); });
+  for (const auto& piece : adapter.layers<peft::LoraImpl>()) CHECK(piece->lora_B.grad().defined());
+  const auto after = model->run([&](auto& inner) {
+    auto value = loss(inner);
+    value.backward();
+    return value.template item<double>();
+  });
+  CHECK(after == before);
+}

@@ -3,6 +3,7 @@
 #include "methods/reference_case.h"
 #include "models/tiny_encoder.h"
 #include "peft/methods/bias.h"
+#include "peft/methods/prefix.h"
 #include "peft/model/reparametrized.h"
 #include "peft/models/bert.h"
 #include "peft/models/deberta_v2.h"
@@ -187,10 +188,16 @@ TEST_CASE("A probed backbone can stay in evaluation mode while the head trains",
   peft::train_only(*model, adapter);
   CHECK_FALSE(model->is_training());
   CHECK_FALSE(model->base_model->embeddings->dropout->is_training());
-  CHECK(model->classifier->is_training());
+  CHECK(adapter.layers<peft::ReplaceImpl>().at(0)->is_training());
   peft::models::EncoderInputs inputs;
   inputs.input_ids = torch::tensor({{1, 2, 3}});
   const auto logits = model->forward(inputs).logits;
   CHECK(torch::equal(model->forward(inputs).logits, logits));  // no dropout
+  // Nor in the attention that a method is on.
+  const auto prefix = peft::add_adapter(*model, peft::PrefixOptions(2), "prefix");
+  peft::train_only(*model, prefix);
+  const auto before = model->forward(inputs).logits;
+  CHECK(torch::equal(model->forward(inputs).logits, before));
+  CHECK_FALSE(torch::equal(before, logits));
   CHECK(logits.requires_grad());
 }

@@ -1,6 +1,7 @@
 #include "catch.h"
 #include "models/tiny_bert.h"
 #include "peft/methods/lora.h"
+#include "peft/model/active.h"
 #include "peft/model/add_adapter.h"
 #include "peft/model/merge.h"
 #include "peft/models/save_pretrained.h"
@@ -240,6 +241,23 @@ TEST_CASE("A new BERT has transformers' initial values", "[bert]") {
   torch::manual_seed(3);
   const auto first = torch::empty({500, 64}).normal_(0, 0.02);
   CHECK(model->embeddings->word_embeddings->base->weight[8].equal(first[8]));
+}
+
+TEST_CASE("One row of segments serves rows that have adapters of their own", "[bert]") {
+  auto model = filled_classifier();
+  for (const char* name : {"a", "b"}) {
+    const auto adapter =
+        peft::add_adapter(*model, peft::LoraOptions(2), peft::named({"token_type_embeddings"}), name);
+    const torch::NoGradGuard no_grad;
+    for (auto& parameter : adapter.parameters()) parameter.add_(name[0] == 'a' ? 0.1 : 0.2);
+  }
+  peft::set_active(*model, peft::Parallel("a", "b"));
+  auto inputs = batch();
+  const auto rows = inputs.input_ids.size(0), time = inputs.input_ids.size(1);
+  inputs.token_type_ids = torch::zeros({rows, time}, torch::kLong);
+  const auto whole = model->forward(inputs).logits;
+  inputs.token_type_ids = torch::zeros({1, time}, torch::kLong);
+  CHECK(torch::equal(model->forward(inputs).logits, whole));
 }
 
 TEST_CASE("A clone gives the same and has weights of its own", "[bert]") {
@@ -601,6 +619,16 @@ TEST_CASE("A written folder has every tensor of its source", "[pretrained]") {
     CHECK(notes.empty());
     CHECK(again->forward(batch()).logits.equal(model->forward(batch()).logits));
     CHECK(again->config.labels() == std::vector<std::string>{"no", "yes"});
+
+    // Without names the head still has as many outputs as it has.
+    auto ten = BertForSequenceClassification::from_pretrained(folder / "source", 10, options);
+    save_pretrained(*ten, folder / "ten", folder / "source", SaveOptions().new_head(true));
+    auto reread = BertForSequenceClassification::from_pretrained(folder / "ten", {}, options);
+    CHECK(reread->forward(batch()).logits.equal(ten->forward(batch()).logits));
+    CHECK_THROWS_WITH(save_pretrained(*ten, folder / "two", folder / "source",
+                                      SaveOptions().new_head(true).labels({"no", "yes"})),
+                      Contains("labels must be 10, one an output of the head, but got 2"));
+    CHECK_FALSE(std::filesystem::exists(folder / "two"));
   }
   SECTION("no tensor of an adapter is written, with a source or without") {
     auto model = BertForSequenceClassification::from_pretrained(folder / "source", 2, options);

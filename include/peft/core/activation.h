@@ -124,6 +124,8 @@ class Activation {
     const std::lock_guard lock(mutex_);
     const auto names = set.active;
     put(std::move(set));
+    constexpr size_t most = 1024;  // lists that a program switches between
+    if (ready_.size() >= most) ready_.clear();
     if (!model.expired()) ready_[names] = {model, set_};
   }
   /// Makes the snapshot active that was checked for these names. False if there is none.

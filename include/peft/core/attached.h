@@ -11,6 +11,13 @@
 
 namespace peft {
 
+namespace internal {
+
+/// The name of what listens to a model's layers for a while (`Probes`).
+inline constexpr const char* probe_name = "__probe__";
+
+}  // namespace internal
+
 /// Where a piece was asked for: the declarative half of a target, for the config on disk.
 struct Origin {
   std::vector<std::string> names;  ///< last path segments or whole paths; empty with a pattern or a predicate

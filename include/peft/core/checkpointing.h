@@ -98,6 +98,12 @@ class Checkpointed {
     for (auto& made : scope.made) {
       for (auto& tensor : made.tensors) tensor = *from++;
     }
+    struct Again {
+      Again() : before(std::exchange(runs_again, true)) {}
+      ~Again() { runs_again = before; }
+      bool before;
+    };
+    const Again again;
     const auto first = at::sequence_number::peek();
     result.outputs = function_(
         Tensors(result.inputs.begin(), result.inputs.begin() + static_cast<std::ptrdiff_t>(arity_)));

@@ -12,6 +12,9 @@
 
 namespace peft::internal {
 
+/// True while a function runs that backward is to run again (`checkpoint`).
+inline thread_local bool runs_again = false;
+
 /// Autocast as it was where this was made.
 class AutocastState {
  public:

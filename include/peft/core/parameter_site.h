@@ -168,9 +168,7 @@ inline void load_into(nn::Module& module, torch::serialize::InputArchive& archiv
     return std::dynamic_pointer_cast<AdaptedImpl<Parameter>>(child.value());
   };
   for (const auto& child : module.named_children()) {
-    const auto site = parameter_site(child);
-    TORCH_CHECK(!site || !site->is_merged(), "load: '", site->path(),
-                "' is merged, and unmerge would undo it (hint: unmerge first)");
+    if (const auto* site = dynamic_cast<const SiteImpl*>(child.value().get())) site->check_not_merged("load");
   }
   for (auto& item : module.named_parameters(/*recurse=*/false)) archive.read(item.key(), item.value());
   for (auto& item : module.named_buffers(/*recurse=*/false)) {

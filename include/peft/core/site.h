@@ -111,6 +111,7 @@ class SiteImpl : public nn::Module {
     return found == adapters_.end() ? none : found->second.shared;
   }
   void detach(const std::string& adapter) {
+    std::erase(merged_, adapter);
     if (!adapters_.erase(adapter)) return;
     unregister_module(adapter);
     change();
@@ -183,6 +184,16 @@ class SiteImpl : public nn::Module {
   virtual void swap_out() = 0;
   virtual bool keeps_original() const = 0;
   bool is_merged() const { return !merged_.empty(); }
+  /// What a message says of a merged site.
+  std::string merged_text() const {
+    return keeps_original() ? "is merged (hint: unmerge first)"
+                            : "is merged, and its original was not kept (hint: remove_adapter makes the "
+                              "merged model a plain one)";
+  }
+  /// Throws c10::Error where the site is merged.
+  void check_not_merged(const std::string& verb) const {
+    TORCH_CHECK(!is_merged(), verb, ": '", path_, "' ", merged_text());
+  }
   const std::vector<std::string>& merged() const { return merged_; }
 
   /// Base parameters under their keys, adapters left out.
@@ -241,8 +252,7 @@ class SiteImpl : public nn::Module {
 
   /// Reads a checkpoint that may come from the plain layer, so lack the adapters.
   void load(torch::serialize::InputArchive& archive) override {
-    TORCH_CHECK(!is_merged(), "load: '", path_,
-                "' is merged, and unmerge would undo it (hint: unmerge first)");
+    check_not_merged("load");
     for (auto& item : named_parameters(/*recurse=*/false)) archive.read(item.key(), item.value());
     for (auto& item : named_buffers(/*recurse=*/false))
       archive.read(item.key(), item.value(), /*is_buffer=*/true);
@@ -271,8 +281,13 @@ class SiteImpl : public nn::Module {
       auto record = std::make_shared<AdapterRecord>(*found->second.pieces.front().record);
       record->has_optimizer = false;
       record->controllers.clear();  // peft::clone copies them
-      for (const auto& attached : found->second.pieces)
-        attach({attached.piece->copy(), attached.origin, record});
+      const auto& pieces = found->second.pieces;
+      for (const auto& item : found->second.container->named_children()) {  // so too
+        const auto attached = std::find_if(pieces.begin(), pieces.end(), [&item](const Attached& each) {
+          return each.piece == item.value();
+        });
+        if (attached != pieces.end()) attach({attached->piece->copy(), attached->origin, record});
+      }
       // The pieces of other sites are tied by peft::clone and peft::adapter.
       for (const auto& [method, shared] : found->second.shared)
         attach_shared(child.key(), method, shared->copy());
@@ -318,10 +333,11 @@ class SiteImpl : public nn::Module {
   template <class Run>
   Flow route(const Flow& in, const Run& run, const Missing& missing = {}) const {
     const auto* names = RowAdapters::current();
-    TORCH_CHECK(!names || !is_merged(), "RowAdapters: '", path_, "' is merged (hint: unmerge first)");
+    if (names) check_not_merged("RowAdapters");
     if (names) return run_groups(in, named_groups(*names, in), run, missing);
     const auto active = active_tree();
     const auto& tree = active ? *active : no_pieces();
+    if (tree.empty()) return run(in, no_pieces());
     if (!tree.by_rows()) return run(in, tree);
     TORCH_CHECK(!tree.holds(Composition::Block::parallel) || ForwardScope::repeats(activation_),
                 "Parallel: '", path_, "' got a batch that its model has not repeated for ",

@@ -159,6 +159,7 @@ class WeightSite : public SiteImpl {
   /// rows of one batch use different adapters.
   Weights effective() const {
     if (const auto* rows = RowAdapters::current()) {
+      check_not_merged("RowAdapters");
       const auto set = ForwardScope::active(activation());
       for (const auto& name : *rows) {
         TORCH_CHECK_VALUE(name == RowAdapters::base || set->knows(name), "RowAdapters: no adapter '", name,
@@ -187,6 +188,7 @@ class WeightSite : public SiteImpl {
   }
 
   Weights delta(const std::string& adapter) const override {
+    check_not_merged("effective_delta");
     torch::NoGradGuard no_grad;
     const auto before = base_weights();
     const auto after = merged_weights(adapter);

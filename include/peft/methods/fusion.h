@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "peft/core/controller.h"
+#include "peft/core/forward_state.h"
 #include "peft/core/residual.h"
 #include "peft/methods/projection.h"
 #include "peft/model/active.h"
@@ -170,6 +171,9 @@ inline Tensor FusionImpl::fuse(const Tensor& query_input, const std::vector<Tens
 
   auto scores = (keys * q.unsqueeze(2)).sum(-1);
   scores = torch::dropout(scores, options.dropout_prob().value_or(0), is_training());
+  TORCH_CHECK(!options.temperature() || !internal::runs_again, "'", site().path,
+              "': a fusion with temperature lowers it at every forward, of which gradient checkpointing runs "
+              "two (hint: one of the two alone)");
   const auto p = torch::softmax(scores / next_divisor(), -1);
   auto result = (values * p.unsqueeze(-1)).sum(2);
   if (value.defined() && !projects_first) result = project(result);

@@ -43,7 +43,7 @@ inline std::vector<Waiting> waiting_for(LoraInit init, const Adapter& adapter, c
   TORCH_CHECK(!adapter.record().has_optimizer, title, ": adapter '", adapter.name(),
               "' already has an optimizer (hint: call ", title, " first)");
   for (const auto& one : found) {
-    TORCH_CHECK(!one.entry.site->is_merged(), title, ": '", one.path(), "' is merged (hint: unmerge first)");
+    one.entry.site->check_not_merged(title);
   }
   return found;
 }

@@ -51,7 +51,7 @@ std::vector<Choosable<Impl>> choosable(const Adapter& adapter, const char* optio
   TORCH_CHECK(!adapter.record().has_optimizer, title, ": adapter '", adapter.name(),
               "' already has an optimizer (hint: call ", title, " first)");
   for (const auto& one : found) {
-    TORCH_CHECK(!one.entry.site->is_merged(), title, ": '", one.path(), "' is merged (hint: unmerge first)");
+    one.entry.site->check_not_merged(title);
   }
   return found;
 }

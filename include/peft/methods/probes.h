@@ -36,7 +36,7 @@ class Probes {
     model.train(training);
   }
   ~Probes() {
-    for (const auto& site : sites_) site->detach(name);
+    for (const auto& site : sites_) site->detach(probe_name);
     if (!sites_.empty()) sites_.front()->activation()->set(before_);
     model_.train(mode_);
     for (size_t i = 0; i < modules_.size(); ++i) modules_[i]->train(modes_[i]);
@@ -51,13 +51,12 @@ class Probes {
     site->attach({std::move(piece), std::make_shared<Origin>(), record_});
     if (sites_.empty()) {
       before_ = *site->activation()->get();
-      site->activation()->set({Composition(name), {name}, {name}, true});
+      site->activation()->set({Composition(probe_name), {probe_name}, {probe_name}, true});
     }
     sites_.push_back(site);
   }
 
  private:
-  static constexpr const char* name = "data_init";
   nn::Module& model_;
   bool mode_;
   std::vector<std::shared_ptr<nn::Module>> modules_;  ///< parents first, so that modes can be put back
@@ -66,7 +65,7 @@ class Probes {
   ActiveSet before_;
   std::shared_ptr<AdapterRecord> record_ = [] {
     auto record = std::make_shared<AdapterRecord>();
-    record->name = name;
+    record->name = probe_name;
     return record;
   }();
 };

@@ -170,7 +170,7 @@ inline void set_composition(nn::Module& model, const Composition& composition) {
   for (const auto& name : twice) problems.add("'" + name + "' is named twice");
   for (const auto& node : nodes) {
     if (!node.site) continue;
-    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
+    if (node.site->is_merged()) problems.add("'" + node.path + "' " + node.site->merged_text());
     std::set<std::string> complaints;
     for (const auto& path : paths) check_path(node, path, complaints);
     const auto tree = node.site->resolve(composition);
@@ -231,8 +231,7 @@ void set_active(nn::Module& model, const Block& composition) {
 inline void disable(nn::Module& model) {
   const auto nodes = internal::walk(model);
   for (const auto& node : nodes) {
-    TORCH_CHECK(!node.site || !node.site->is_merged(), "disable: '", node.path,
-                "' is merged (hint: unmerge first)");
+    if (node.site) node.site->check_not_merged("disable");
   }
   const auto activation = internal::activation_of(nodes, "disable");
   auto set = *activation->get();
@@ -279,13 +278,11 @@ inline void rename(nn::Module& model, const std::string& from, const std::string
   internal::require_known(set, from, "rename");
   internal::Problems problems;
   if (set.knows(to)) problems.add("the model already has an adapter '" + to + "'");
-  if (to.empty() || to.find('.') != std::string::npos || to == RowAdapters::base) {
-    problems.add("an adapter's name must not be empty, hold a dot or be '__base__', but got '" + to + "'");
-  }
+  internal::check_adapter_name(to, problems);
   for (const auto& node : nodes) {
     if (!node.site) continue;
     if (node.site->owns_name(to)) problems.add("'" + to + "' is the name of a child of '" + node.path + "'");
-    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
+    if (node.site->is_merged()) problems.add("'" + node.path + "' " + node.site->merged_text());
   }
   problems.raise("rename");
   for (const auto& node : nodes) {
@@ -299,16 +296,21 @@ inline void rename(nn::Module& model, const std::string& from, const std::string
   activation->set(std::move(set));
 }
 
-/// Takes an adapter off the model. The others stay as they are, active or not. Throws: c10::Error for an
-/// adapter that is active in a block other than a Stack, which would change the block.
+/// Takes an adapter off the model. The others stay as they are, active or not. One that was merged without
+/// its original being kept (`merge(model, false)`) leaves its change in the base. Throws: c10::Error for an
+/// adapter that is active in a block other than a Stack, which would change the block, and for one that is
+/// merged and can be unmerged.
 inline void remove_adapter(nn::Module& model, const std::string& name) {
   const auto nodes = internal::walk(model);
   const auto activation = internal::activation_of(nodes, "remove_adapter");
   auto set = *activation->get();
-  internal::require_known(set, name, "remove_adapter");
+  const bool carried = std::any_of(nodes.begin(), nodes.end(), [&name](const internal::Node& node) {
+    return node.site && !node.site->pieces(name).empty();
+  });
+  // What is left of one that was removed from a part of the model is not known any more.
+  if (!carried) internal::require_known(set, name, "remove_adapter");
   for (const auto& node : nodes) {
-    TORCH_CHECK(!node.site || !node.site->is_merged(), "remove_adapter: '", node.path,
-                "' is merged (hint: unmerge first)");
+    if (node.site && node.site->keeps_original()) node.site->check_not_merged("remove_adapter");
   }
   set.known.erase(name);
   auto composition = set.composition;
@@ -318,9 +320,12 @@ inline void remove_adapter(nn::Module& model, const std::string& name) {
   const bool is_list = composition.block == Composition::Block::stack &&
                        std::find(left.begin(), left.end(), name) == left.end();
   const bool is_active = std::find(set.active.begin(), set.active.end(), name) != set.active.end();
-  TORCH_CHECK(!is_active || is_list, "remove_adapter: '", name, "' is part of the active ",
+  const bool merged = std::any_of(nodes.begin(), nodes.end(), [](const internal::Node& node) {
+    return node.site && node.site->is_merged();
+  });
+  TORCH_CHECK(!is_active || is_list || merged, "remove_adapter: '", name, "' is part of the active ",
               set.composition.text(), " (hint: set_active without it first)");
-  if (is_active) set.activate(std::move(composition));
+  if (is_active) set.activate(is_list ? std::move(composition) : internal::stack_of({}));
   activation->set(std::move(set));
   for (const auto& node : nodes) {
     if (node.site) node.site->detach(name);
@@ -339,7 +344,11 @@ std::shared_ptr<Model> clone(Model& model) {
   TORCH_CHECK(from.size() == into.size(), "clone: this model's clone() has ", into.size(),
               " parameters, expected ", from.size());
   for (size_t i = 0; i < from.size(); ++i) into[i].set_requires_grad(from[i].requires_grad());
-  internal::tie_shared(internal::walk(*copy, /*learn_paths=*/true));
+  const auto nodes = internal::walk(*copy);
+  for (const auto& node : nodes) {
+    if (node.site) node.site->set_path(node.path);  // a model of its own, though it may copy a part
+  }
+  internal::tie_shared(nodes);
   for (const auto& name : internal::adapter_names(model)) {
     const auto original = adapter(model, name);
     if (original.record().controllers.empty()) continue;

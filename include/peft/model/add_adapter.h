@@ -25,11 +25,9 @@ inline void check_sites(const std::vector<Node>& nodes, const std::string& name,
       problems.add("adapter name '" + name + "' is the name of a child of '" + node.path +
                    "' (hint: choose another)");
     }
-    if (node.site->is_merged()) problems.add("'" + node.path + "' is merged (hint: unmerge first)");
+    if (node.site->is_merged()) problems.add("'" + node.path + "' " + node.site->merged_text());
   }
-  if (name.empty() || name.find('.') != std::string::npos || name == RowAdapters::base) {
-    problems.add("an adapter's name must not be empty, hold a dot or be '__base__', but got '" + name + "'");
-  }
+  check_adapter_name(name, problems);
 }
 
 /// Checks everything, builds the pieces, changes nothing. `extends`: the adapter exists and gets further
@@ -115,6 +113,13 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
     }
     if (const auto why = piece->not_mergeable(); piece->site().weights_only && !why.empty()) {
       problems.add("'" + path + "' runs on weights alone: " + why);
+    }
+    const auto set = item.site->activation()->get();
+    const bool runs = extends && std::find(set->active.begin(), set->active.end(), name) != set->active.end();
+    if (runs && piece->site().weights_only &&
+        (set->composition.by_rows() || set->composition.holds(Composition::Block::split))) {
+      problems.add("'" + path + "' runs on one weight for the whole batch and all tokens, but " +
+                   set->composition.text() + " is active (hint: set_active another first)");
     }
     for (const auto* other : present) {
       if (other->method() == piece->method()) {
@@ -226,8 +231,9 @@ inline void commit(Plan& plan, const Adapter& adapter, bool trainable, bool acti
   const bool alone = std::all_of(adapter.entries().begin(), adapter.entries().end(),
                                  [](const auto& entry) { return entry.piece->stands_alone(); });
   const bool is_new = std::find(set.active.begin(), set.active.end(), adapter.name()) == set.active.end();
-  if (active && alone && is_new) set.append(adapter.name());
-  if (!set.knows(adapter.name())) set.known.push_back(adapter.name());
+  const bool known = set.knows(adapter.name());
+  if (active && alone && is_new && !known) set.append(adapter.name());
+  if (!known) set.known.push_back(adapter.name());
   activation->set(std::move(set));
 }
 
@@ -251,7 +257,9 @@ inline void initialize(const Plan& plan) {
 inline std::shared_ptr<AdapterRecord> make_record(nn::Module& model, const std::string& name) {
   auto record = std::make_shared<AdapterRecord>();
   record->name = name;
-  for (const auto& node : walk(model)) record->paths.push_back(node.path);
+  const auto nodes = walk(model);
+  const auto whole = path_in_whole(nodes);
+  for (const auto& node : nodes) record->paths.push_back(below(whole, node.path));
   if (const auto* described = dynamic_cast<const Described*>(&model)) record->model = described->describe();
   return record;
 }

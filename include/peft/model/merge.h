@@ -3,6 +3,7 @@
 
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,10 +14,10 @@
 namespace peft {
 /// Writes the effective weights of the active adapters into the base, computed out of place. The originals
 /// are kept for `unmerge` unless `keep` is false; then every weight is computed twice, to be checked and to
-/// be used, and needs memory for one layer's only. Until `unmerge` the model runs at the plain model's cost,
-/// and adapters cannot be added, removed or switched. Throws, before anything is changed: c10::ValueError
-/// listing every site that cannot be merged, whose merged weights are not finite, or that is merged already;
-/// when no adapter is active or they are disabled.
+/// be used, and needs memory for one layer's only. Until `unmerge`, or `remove_adapter` of what was merged
+/// without originals, the model runs at the plain model's cost, and adapters cannot be added or switched.
+/// Throws, before anything is changed: c10::ValueError listing every site that cannot be merged, whose merged
+/// weights are not finite, or that is merged already; when no adapter is active or they are disabled.
 inline void merge(nn::Module& model, bool keep = true) {
   const auto nodes = internal::walk(model);
   const auto set = internal::activation_of(nodes, "merge")->get();
@@ -34,7 +35,7 @@ inline void merge(nn::Module& model, bool keep = true) {
   for (const auto& node : nodes) {
     if (!node.site) continue;
     if (node.site->is_merged()) {
-      problems.add("'" + node.path + "' is merged already (hint: unmerge first)");
+      problems.add("'" + node.path + "' " + node.site->merged_text());
       continue;
     }
     Change change{node.site.get(), {}, {}};
@@ -50,6 +51,24 @@ inline void merge(nn::Module& model, bool keep = true) {
     }
     if (change.adapters.empty() || !fits) continue;
     changes.push_back(std::move(change));
+  }
+  std::map<const at::TensorImpl*, std::set<std::string>> readers;  // of one parameter, by their paths
+  for (const auto& node : nodes) {
+    if (!node.site || !node.site->base_info().offers_to(Needs::weights)) continue;
+    const auto weights = node.site->base_weights();
+    for (const auto& tensor : {weights.weight, weights.bias}) {
+      if (tensor.defined()) readers[tensor.unsafeGetTensorImpl()].insert(node.path);
+    }
+  }
+  for (const auto& change : changes) {
+    const auto weights = change.site->base_weights();
+    for (const auto& tensor : {weights.weight, weights.bias}) {
+      if (!tensor.defined() || readers[tensor.unsafeGetTensorImpl()].size() < 2) continue;
+      const auto& paths = readers[tensor.unsafeGetTensorImpl()];
+      problems.add("'" + *paths.begin() + "' and '" + *paths.rbegin() +
+                   "' are one tensor: merging on one would change the other (hint: tie them by "
+                   "b.set_data(a.detach()), two parameters of one memory)");
+    }
   }
   std::map<const void*, int> uses;  // of a weight's memory: tied sites are no longer so once one is merged
   for (const auto& change : changes) {

@@ -58,17 +58,21 @@ class Dependence {
     tensor = tensor.view_as(tensor);
     const auto& node = tensor.grad_fn();
     TORCH_CHECK(node, "check_on_path: in InferenceMode nothing tells what a result depends on");
+    // By now a history may be gone, with a backward that came through here.
+    tensor.register_hook(
+        [reached = reached_.emplace_back(std::make_shared<bool>(false))](const Tensor&) { *reached = true; });
     nodes_.push_back(node);
     counts_.push_back(count(nodes_.back()));
   }
   /// True if something was calculated with the i-th tensor.
-  bool used(size_t i) const { return count(nodes_.at(i)) > counts_.at(i); }
+  bool used(size_t i) const { return count(nodes_.at(i)) > counts_.at(i) || *reached_.at(i); }
 
  private:
   using Node = decltype(torch::autograd::Edge::function);
   static size_t count(const Node& node) { return static_cast<size_t>(node.use_count()); }
   std::vector<Node> nodes_;
   std::vector<size_t> counts_;
+  std::vector<std::shared_ptr<bool>> reached_;
 };
 
 /// The models that run on this thread.
@@ -211,12 +215,13 @@ class ReparametrizedImpl
       watched.push_back(&replacement);
     }
     const internal::InPlace in_place(replacements);
-    if constexpr (std::is_void_v<std::invoke_result_t<Function&, Module&>>) {
+    using Result = std::invoke_result_t<Function&, Module&>;
+    if constexpr (std::is_void_v<Result>) {
       function(*this->base);
-      settle(watched, dependence, check);
+      settle(watched, dependence, check, /*keeps_history=*/true);
     } else {
       auto result = function(*this->base);
-      settle(watched, dependence, check);
+      settle(watched, dependence, check, /*keeps_history=*/!std::is_arithmetic_v<Result>);
       return result;
     }
   }
@@ -244,10 +249,14 @@ class ReparametrizedImpl
            !internal::is_excluded(skipped_, replacement.slot->site->path());
   }
 
-  /// Remembers the weights that the result depends on; throws if there are others.
+  /// Remembers the weights that the result depends on; throws if there are others. A result without a history
+  /// tells nothing, unless a backward came through.
   void settle(const std::vector<const internal::Replacement*>& watched,
-              const internal::Dependence& dependence, Check check) {
+              const internal::Dependence& dependence, Check check, bool keeps_history) {
     internal::Problems problems;
+    bool tells = keeps_history;
+    for (size_t i = 0; i < watched.size(); ++i) tells = tells || dependence.used(i);
+    if (!tells) return;
     for (size_t i = 0; i < watched.size(); ++i) {
       if (dependence.used(i)) {
         on_path_.insert(watched[i]->number);

@@ -196,7 +196,10 @@ inline Target top_layers(int64_t k, bool final_norm = true, const std::string& s
 /// in the backbone, which reference libraries leave on.
 inline void train_only(nn::Module& model, const Adapter& adapter) {
   model.eval();
-  for (const auto& entry : adapter.entries()) entry.site->train();
+  for (const auto& entry : adapter.entries()) {
+    entry.piece->train();  // not the site, which holds layers of the base
+    for (const auto& shared : entry.site->shared(adapter.name())) shared.second->train();
+  }
 }
 
 }  // namespace peft

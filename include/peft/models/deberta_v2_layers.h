@@ -103,7 +103,8 @@ class DebertaV2EmbeddingsImpl : public nn::Cloneable<DebertaV2EmbeddingsImpl> {
     }
     if (token_type_embeddings) {
       const auto types = in.types.defined() ? in.types : torch::zeros({rows, 1}, ids);
-      x = x + peft::internal::lookup(token_type_embeddings, types, "token_type_ids");
+      x = x + peft::internal::lookup(token_type_embeddings, types.expand({std::max(rows, types.size(0)), -1}),
+                                     "token_type_ids");
     }
     if (embed_proj) x = embed_proj->forward(x);
     x = LayerNorm->forward(x);

@@ -40,6 +40,10 @@ class PretrainedFolder {
     }
   }
 
+  // `tensors` points into `files`.
+  PretrainedFolder(const PretrainedFolder&) = delete;
+  PretrainedFolder& operator=(const PretrainedFolder&) = delete;
+
   static constexpr const char* config_name = "config.json";
   static constexpr const char* weights_name = "model.safetensors";
   static constexpr const char* index_name = "model.safetensors.index.json";

@@ -102,11 +102,17 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   TORCH_CHECK(self != nullptr, "save_pretrained: ", model.name(), " must be a peft::models::Pretrained");
   const PretrainedFolder folder(source);
   std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  TORCH_CHECK(!error, "save_pretrained: cannot make '", directory.string(), "': ", error.message());
   TORCH_CHECK(!std::filesystem::equivalent(directory, source, error), "save_pretrained: '",
               directory.string(), "' must not be the folder the base is read from");
   const auto companions = peft::internal::companion_files(source);
+
+  const auto described = self->config_json();
+  const size_t outputs =
+      described.is_object() && described.contains("id2label") ? described["id2label"].size() : 0;
+  TORCH_CHECK_VALUE(
+      !options.new_head() || options.labels().empty() || outputs == 0 || options.labels().size() == outputs,
+      "save_pretrained: labels must be ", outputs, ", one an output of the head, but got ",
+      options.labels().size());
 
   const auto parameters = peft::internal::base_parameters(model);
   const auto holds = [&parameters](const std::string& key) { return parameters.contains(key); };
@@ -158,6 +164,8 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
     }
   }
   problems.raise("save_pretrained: '" + source.string() + "' is not this model's base");
+  std::filesystem::create_directories(directory, error);
+  TORCH_CHECK(!error, "save_pretrained: cannot make '", directory.string(), "': ", error.message());
 
   auto index = nlohmann::ordered_json::object();
   if (folder.is_sharded()) index = peft::internal::read_json_object(folder.weights_path());
@@ -180,6 +188,10 @@ inline void save_pretrained(const nn::Module& model, const std::filesystem::path
   }
 
   auto config = peft::internal::read_json_object(folder.config_path());
+  if (options.new_head() && options.labels().empty() && outputs > 0) {
+    for (const char* key : {"id2label", "label2id"}) config[key] = described[key];
+    config.erase("num_labels");
+  }
   if (!options.labels().empty()) {
     config["id2label"] = config["label2id"] = nlohmann::ordered_json::object();
     for (size_t i = 0; i < options.labels().size(); ++i) {
