@@ -29,6 +29,7 @@
 #include "bench/session.h"
 #include "bench/step_rows.h"
 #include "bench/targets.h"
+#include "finetune/command_line.h"
 #include "finetune/kept_memory.h"
 #include "finetune/threads.h"
 
@@ -203,10 +204,10 @@ int main(int argc, char** argv) {
   app.add_flag("--quick", arguments.quick, "the rows of the targets, in about three minutes");
   app.add_flag("--tiny", arguments.tiny, "every row at a size that proves nothing but that it works");
   app.add_option("--threads", arguments.threads, "that compute, on both sides")
-      ->check(CLI::Range(1, 4096))
+      ->transform(finetune::whole_number(1, 4096))
       ->capture_default_str();
   app.add_option("--seconds", arguments.seconds, "for each row (default: 4, quick 1.2; at least five rounds)")
-      ->check(CLI::Range(0.01, 1e4));
+      ->check(finetune::number_from(0.01, 1e4));
   app.add_option("--clock", arguments.clock,
                  "ratios of processor time (cpu) or of wall time; auto: cpu for one thread")
       ->check(CLI::IsMember({"auto", "cpu", "wall"}))

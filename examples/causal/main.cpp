@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "finetune/command_line.h"
 #include "finetune/terminal_table.h"
 #include "finetune/threads.h"
 #include "text/bpe_trainer.h"
@@ -37,7 +38,7 @@ constexpr const char* end_of_text = "<|endoftext|>";
 
 struct Settings {
   fs::path pretrain, adapt, out;
-  int64_t pretrain_steps = 1000, steps = 200, batch = 16, vocabulary = 1024, width = 128, layers = 4;
+  int64_t pretrain_steps = 1000, steps = 300, batch = 16, vocabulary = 1024, width = 128, layers = 4;
   std::vector<std::string> methods;
 };
 
@@ -96,6 +97,11 @@ Books tokenize(const std::vector<std::string>& verses, const text::Tokenizer& to
     const auto ids = tokenizer.encode(verses[i]).ids;
     into.insert(into.end(), ids.begin(), ids.end());
     into.push_back(0);
+  }
+  if (static_cast<int64_t>(train.size()) <= window || static_cast<int64_t>(test.size()) < window) {
+    throw std::runtime_error(fmt::format(
+        "the verses must have more than {} tokens, and every tenth of them {}, but have {} and {}", window,
+        window, train.size(), test.size()));
   }
   return {torch::tensor(train), torch::tensor(test)};
 }
@@ -234,18 +240,18 @@ int main(int argc, char** argv) {
       "Pretrains a small GPT-2 on some books, adapts it to others by each method, and shows the perplexity "
       "on "
       "both. A file has one verse a line, with its reference before the first blank.");
+  const auto positive = finetune::whole_number(1, 1 << 20);
   app.add_option("--pretrain", settings.pretrain, "verses the base is trained on")->required();
   app.add_option("--adapt", settings.adapt, "verses the adapters are trained on")->required();
   app.add_option("--out", settings.out, "folder for the base; used again if it is there")->required();
   app.add_option("--method", settings.methods, "train these methods only");
-  app.add_option("--pretrain-steps", settings.pretrain_steps, "steps of the base")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--steps", settings.steps, "steps of each adapter")->check(CLI::PositiveNumber);
-  app.add_option("--batch", settings.batch, "texts of 128 tokens a step")->check(CLI::PositiveNumber);
+  app.add_option("--pretrain-steps", settings.pretrain_steps, "steps of the base")->transform(positive);
+  app.add_option("--steps", settings.steps, "steps of each adapter")->transform(positive);
+  app.add_option("--batch", settings.batch, "texts of 128 tokens a step")->transform(positive);
   app.add_option("--vocabulary", settings.vocabulary, "tokens, learned from the first file")
-      ->check(CLI::Range(257, 50000));
-  app.add_option("--width", settings.width, "of the base, a multiple of 4")->check(CLI::PositiveNumber);
-  app.add_option("--layers", settings.layers, "of the base")->check(CLI::PositiveNumber);
+      ->transform(finetune::whole_number(257, 50000));
+  app.add_option("--width", settings.width, "of the base, a multiple of 4")->transform(positive);
+  app.add_option("--layers", settings.layers, "of the base")->transform(positive);
   CLI11_PARSE(app, argc, argv);
   try {
     for (const auto& name : settings.methods) {

@@ -389,6 +389,20 @@ class FileBatches final : public Batches {
     problems.raise(fmt::format("'{}' cannot be used as --inputs", path_.string()));
   }
 
+  /// Throws: c10::ValueError naming the labels of a step, of `accumulate` batches, of which none counts.
+  void check_labels_count(int64_t accumulate) const {
+    peft::internal::Problems problems;
+    const auto counts = [](const Batch& batch) { return batch.labels.ne(-100).any().item<bool>(); };
+    for (int64_t first = 0; first < count(); first += accumulate) {
+      const auto begin = batches_.begin() + first,
+                 end = batches_.begin() + std::min(first + accumulate, count());
+      if (std::any_of(begin, end, counts)) continue;
+      problems.add(
+          fmt::format("'{}labels' must have one that counts in each step, but all are -100", prefix(first)));
+    }
+    problems.raise(fmt::format("'{}' cannot be used as --inputs", path_.string()));
+  }
+
   uint64_t hash() const override {
     uint64_t sum = batches_.size();
     for (const auto& batch : batches_) {

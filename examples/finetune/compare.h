@@ -108,6 +108,7 @@ inline void compare(const TrainOptions& options, const std::vector<std::string>&
                     const std::function<int(const std::function<void()>&)>& program) {
   std::error_code error;
   if (!options.out.empty()) {
+    check_log(options.log, options.out);
     const bool used = fs::exists(options.out, error) &&
                       !(fs::is_directory(options.out, error) && fs::is_empty(options.out, error));
     if (used && !options.overwrite) {

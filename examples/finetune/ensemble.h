@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "batches.h"
+#include "peft/io/staged_directory.h"
 #include "peft/model/prompt_ensemble.h"
 #include "run_folder.h"
 #include "task.h"
@@ -169,6 +170,8 @@ inline void check_ensemble(const TrainOptions& options, const std::vector<fs::pa
   }
   if (options.train.size() > 1)
     throw std::runtime_error("--ensemble: its prompts are of one task, but --train has several files");
+  check_log(options.log, options.out);
+  for (const auto& folder : folders) peft::StagedDirectory::recover(folder);
   std::error_code error;
   for (fs::directory_iterator entry(options.out, error), end; !error && entry != end;
        entry.increment(error)) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "combine.h"
+#include "command_line.h"
 #include "compare.h"
 #include "ensemble.h"
 #include "kept_memory.h"
@@ -23,9 +24,12 @@
 
 namespace {
 
+using finetune::add_repeated;
+using finetune::number_from;
 using finetune::Pooling;
 using finetune::TrainOptions;
 using finetune::UseOptions;
+using finetune::whole_number;
 
 /// Does the work and says what goes wrong; returns the exit status.
 int guarded(const std::function<void()>& work) {
@@ -49,62 +53,49 @@ int guarded(const std::function<void()>& work) {
   return 1;
 }
 
-/// A check of an option's number. CLI::Range takes NaN.
-CLI::Validator number_from(double low, double high) {
-  return CLI::Validator(
-      [low, high](std::string& text) {
-        double value = 0;
-        if (CLI::detail::lexical_cast(text, value) && value >= low && value <= high) return std::string();
-        return fmt::format("'{}' is no number from {} to {}", text, low, high);
-      },
-      fmt::format("FLOAT in [{} - {}]", low, high));
-}
-
 /// The options that train and compare share.
 void add_training_options(CLI::App& app, TrainOptions& options) {
-  const auto positive = CLI::Range(int64_t{1}, int64_t{1} << 40);
+  const auto positive = whole_number(1, int64_t{1} << 40);
   const auto not_negative = number_from(0, 1e12);
   app.add_option("--model", options.model,
                  "folder of the base: config.json, model.safetensors, tokenizer.json")
       ->required();
   auto* train =
-      app.add_option("--train", options.train,
-                     "labelled texts: TSV with the header label<TAB>text, or label<TAB>text_a<TAB>text_b; "
-                     "several files, with the same labels, are the tasks of multitask_prompt")
-          ->expected(1)
-          ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+      add_repeated(app, "--train", options.train,
+                   "labelled texts: TSV with the header label<TAB>text, or label<TAB>text_a<TAB>text_b; "
+                   "several files, with the same labels, are the tasks of multitask_prompt");
   auto* inputs =
       app.add_option("--inputs", options.inputs,
                      "ready batches in place of texts: safetensors with b0.input_ids, b0.labels, …");
   train->excludes(inputs);
-  auto* test =
-      app.add_option("--test", options.test,
-                     "texts, or ready batches, to evaluate on after each epoch; one for each --train")
-          ->expected(1)
-          ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  auto* test = add_repeated(app, "--test", options.test,
+                            "texts, or ready batches, to evaluate on after each epoch; one for each --train");
   app.add_option("--train-rows", options.train_rows, "only the first N rows of each --train")
-      ->check(positive)
+      ->transform(positive)
       ->needs(train);
   app.add_option("--test-rows", options.test_rows, "only the first N rows of each --test")
-      ->check(positive)
+      ->transform(positive)
       ->needs(test);
   app.add_option("--targets", options.targets,
                  "layers to adapt: last segments of their names, all-linear, or /expression/")
       ->delimiter(',');
   auto* epochs =
       app.add_option("--epochs", options.epochs, "times through the data (default: 3, of --inputs 1)")
-          ->check(positive);
+          ->transform(positive);
   app.add_option("--steps", options.steps, "steps in all, in place of --epochs")
-      ->check(positive)
+      ->transform(positive)
       ->excludes(epochs);
-  app.add_option("--batch-size", options.batch_size, "texts a step")->check(positive)->capture_default_str();
+  app.add_option("--batch-size", options.batch_size, "texts a step")
+      ->transform(positive)
+      ->capture_default_str();
   app.add_option("--max-length", options.max_length,
                  "tokens of a text at most (default: 128, or the model's positions)")
-      ->check(positive);
+      ->transform(positive);
   app.add_option("--lr", options.rate, "learning rate; a method's lr= goes before it")
       ->check(not_negative)
       ->capture_default_str();
-  app.add_option("--head-lr", options.head_rate, "learning rate of the task head (default: --lr)")
+  app.add_option("--head-lr", options.head_rate,
+                 "learning rate of the task head (default: --lr); lr= of the method head goes before it")
       ->check(not_negative);
   app.add_option("--optimizer", options.optimizer,
                  "adamw, adafactor, or adamw_hf: transformers' former AdamW, which many papers used")
@@ -123,7 +114,7 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
       ->check(not_negative)
       ->capture_default_str();
   app.add_option("--accumulate", options.accumulate, "batches a step")
-      ->check(positive)
+      ->transform(positive)
       ->capture_default_str();
   app.add_option("--dropout", options.dropout, "of the base")
       ->check(number_from(0, 1))
@@ -136,7 +127,9 @@ void add_training_options(CLI::App& app, TrainOptions& options) {
          },
          "what the head sees: cls (the pooler's output, the default) or mean (of all tokens)")
       ->check(CLI::IsMember({"cls", "mean"}));
-  app.add_option("--seed", options.seed, "of every random draw")->capture_default_str();
+  app.add_option("--seed", options.seed, "of every random draw")
+      ->transform(whole_number(0))
+      ->capture_default_str();
   app.add_option("--device", options.device, "cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--dtype", options.dtype, "of the base's weights (default: the file's)");
   app.add_option("--log", options.log,
@@ -218,7 +211,8 @@ int main(int argc, char** argv) {
   }
   int threads = 0;
   const auto add_threads = [&](CLI::App& sub) {
-    sub.add_option("--threads", threads, "that compute (default: one a core)")->check(CLI::Range(1, 4096));
+    sub.add_option("--threads", threads, "that compute (default: one a core)")
+        ->transform(whole_number(1, 4096));
   };
 
   TrainOptions training;
@@ -233,7 +227,7 @@ int main(int argc, char** argv) {
           "--ensemble", prompts,
           "trains so many prompts, with --seed and the next ones, into --out/1, --out/2, …, and shows "
           "their accuracy and that of their majority vote")
-      ->check(CLI::Range(int64_t{2}, int64_t{1} << 20))
+      ->transform(whole_number(2, int64_t{1} << 20))
       ->excludes(init);
   train
       ->add_option(
@@ -242,7 +236,7 @@ int main(int argc, char** argv) {
           "it ends, checkpoint/")
       ->required();
   train->add_option("--checkpoint-every", training.checkpoint_every, "steps between checkpoints; 0 for none")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
+      ->transform(whole_number(0, int64_t{1} << 40))
       ->capture_default_str();
   train->add_flag("--resume", training.resume, "goes on from the last checkpoint in --out")
       ->excludes("--overwrite");
@@ -252,10 +246,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> methods;
   auto* compare = app.add_subcommand("compare", "trains several methods on the same data and prints a table");
   add_training_options(*compare, comparing);
-  compare->add_option("--method", methods, methods_help)
-      ->required()
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  add_repeated(*compare, "--method", methods, methods_help)->required();
   compare->add_option("--out", comparing.out, "folder for the adapters, results.csv and learning_curves.svg");
   add_threads(*compare);
 
@@ -267,9 +258,8 @@ int main(int argc, char** argv) {
   };
   const auto add_texts = [&](CLI::App& sub) {
     auto* group = sub.add_option_group("texts", "what to read");
-    group->add_option("--text", use.texts, "a text, or two with a tab between; may be repeated")
-        ->expected(1)
-        ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+    add_repeated(*group, "--text", use.texts,
+                 "a text, or two with a tab between; may be repeated, with as many");
     group->add_option("--data", use.data, "labelled texts, as for train --train");
     group->require_option(1);
     return group;
@@ -277,19 +267,16 @@ int main(int argc, char** argv) {
   auto* predict = app.add_subcommand("predict", "labels texts, or computes the outputs of ready batches");
   predict->add_option("--model", use.model, "folder of the base")->required();
   std::vector<finetune::fs::path> adapters;
-  predict
-      ->add_option("--adapter", adapters,
-                   "folder of an adapter, of this program or of Python PEFT; several prompts vote, in one "
-                   "forward")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  add_repeated(
+      *predict, "--adapter", adapters,
+      "folder of an adapter, of this program or of Python PEFT; several prompts vote, in one forward");
   predict->add_option("--task", use.task, "of a multitask prompt: which --train file it was, from 0")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
+      ->transform(whole_number(0, int64_t{1} << 40));
   auto* inputs = add_texts(*predict)->add_option("--inputs", use.inputs,
                                                  "ready batches: safetensors with b0.input_ids, …");
   predict->add_option("--out", use.out, "file for the results: TSV, or with --inputs safetensors");
   predict->add_option("--max-length", use.max_length, "tokens of a text at most (default: as trained)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+      ->transform(whole_number(1, int64_t{1} << 40));
   predict->add_flag("--hidden", use.hidden, "with --inputs: last_hidden_state and pooler_output too")
       ->needs(inputs);
   predict->add_flag("--embed", use.embed, "with --inputs: mean-pooled vectors of length 1 too")
@@ -307,12 +294,9 @@ int main(int argc, char** argv) {
 
   finetune::CombineArguments combining;
   auto* combine = app.add_subcommand("combine", "adds adapters up to a new one, without the model");
-  combine
-      ->add_option("--adapter", combining.adapters,
-                   "DIR:WEIGHT, a folder of an adapter and how much of it; the weight may be negative")
-      ->required()
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  add_repeated(*combine, "--adapter", combining.adapters,
+               "DIR:WEIGHT, a folder of an adapter and how much of it; the weight may be negative")
+      ->required();
   combine->add_option("--type", combining.type, "how: those of Python PEFT, exact products, PEM arithmetic")
       ->required()
       ->check(CLI::IsMember(finetune::combine_types()));
@@ -321,13 +305,15 @@ int main(int argc, char** argv) {
                    "part of the entries that survives in ties, dare and magnitude_prune")
       ->check(number_from(0, 1));
   combine->add_option("--rank", combining.rank, "of svd types (default: the largest of the adapters')")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
+      ->transform(whole_number(1, int64_t{1} << 31));
   combine->add_option("--sign", combining.sign, "what elects a sign in ties: total (default) or frequency")
       ->check(CLI::IsMember({"total", "frequency"}));
   combine->add_option(
       "--head", combining.head,
       "the --adapter folder whose task head and labels the result takes, where several have some");
-  combine->add_option("--seed", combining.seed, "of dare's random draws")->capture_default_str();
+  combine->add_option("--seed", combining.seed, "of dare's random draws")
+      ->transform(whole_number(0))
+      ->capture_default_str();
   combine->add_option("--out", combining.out, "folder to write")->required();
   combine->add_flag("--overwrite", combining.overwrite, "replaces an older adapter at --out");
   add_threads(*combine);
@@ -338,7 +324,7 @@ int main(int argc, char** argv) {
   auto* tokenize = app.add_subcommand("tokenize", "prints the ids of texts, a line a text");
   tokenize->add_option("--model", use.model, "folder with tokenizer.json")->required();
   tokenize->add_option("--max-length", use.max_length, "tokens of a text at most")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+      ->transform(whole_number(1, int64_t{1} << 40));
   add_texts(*tokenize);
 
   try {

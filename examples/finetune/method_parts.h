@@ -3,6 +3,7 @@
 #pragma once
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -62,9 +63,10 @@ inline peft::Target target_of(const std::vector<std::string>& names, const Place
     return peft::where([](const peft::SiteInfo& site) { return site.layer == "Linear"; })
         .exclude(place.saved);
   }
-  if (names.size() == 1 && names[0].size() > 2 && names[0].starts_with('/') && names[0].ends_with('/')) {
-    return peft::matching(names[0].substr(1, names[0].size() - 2));
-  }
+  // What parted the names may have parted an expression, "a{1,2}".
+  const auto whole = fmt::format("{}", fmt::join(names, ","));
+  if (whole.size() > 2 && whole.starts_with('/') && whole.ends_with('/'))
+    return peft::matching(whole.substr(1, whole.size() - 2));
   return peft::named(names);
 }
 

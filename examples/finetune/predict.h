@@ -62,20 +62,27 @@ inline Task open(const UseOptions& options, bool trainable = false) {
   return task;
 }
 
-/// The texts of `--text` (a pair with a tab in it) or `--data`.
+/// The texts of `--text`, all one or all two with a tab between, or those of `--data`.
 inline text::Dataset texts_of(const UseOptions& options) {
   if (!options.data.empty()) return text::read_tsv(options.data);
   text::Dataset data{"--text", false, {}};
   for (const auto& given : options.texts) {
     const auto tab = given.find('\t');
-    text::Row row{"", given.substr(0, tab), tab == std::string::npos ? "" : given.substr(tab + 1), 0};
-    if (row.text.find_first_not_of(" \t\r\n") == std::string::npos)
+    const bool pair = tab != std::string::npos;
+    text::Row row{"", given.substr(0, tab), pair ? given.substr(tab + 1) : "", 0};
+    if (text::internal::is_blank(row.text) || (pair && text::internal::is_blank(row.text_b)))
       throw std::runtime_error("--text: a text is empty");
+    if (row.text_b.find('\t') != std::string::npos)
+      throw std::runtime_error("--text: must be one text, or two with a tab between, but has several tabs");
+    if (!data.rows.empty() && pair != data.pairs)
+      throw std::runtime_error("--text: must be all one text, or all two with a tab between");
+    if (!options.out.empty() && given.find_first_of("\r\n") != std::string::npos)
+      throw std::runtime_error("--text: must be one line, for --out has a line a text");
     if (const auto at = text::invalid_utf8_at(given)) {
       throw std::runtime_error(
           fmt::format("--text: must be valid UTF-8, but the byte at offset {} is not", *at));
     }
-    data.pairs = data.pairs || tab != std::string::npos;
+    data.pairs = pair;
     data.rows.push_back(std::move(row));
   }
   return data;
@@ -189,7 +196,7 @@ void predict_texts(const UseOptions& options, const Task& task, const std::optio
   std::optional<VoteCount> count;
   if (!options.prompts.empty()) count.emplace(options.prompts);
   for (const auto& label : labels) width = std::max(width, label.size());
-  std::string file = "label\tprobability\ttext\n";
+  std::string file = data.pairs ? "label\tprobability\ttext_a\ttext_b\n" : "label\tprobability\ttext\n";
   const torch::NoGradGuard no_grad;
   constexpr size_t at_once = 64;
   for (size_t begin = 0; begin < examples.size(); begin += at_once) {

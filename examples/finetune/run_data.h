@@ -143,6 +143,7 @@ inline RunData read_data(const TrainOptions& options) {
     for (auto i = config->num_labels(); !says && i < batches->classes(); ++i)
       data.labels.push_back(fmt::format("LABEL_{}", i));
     batches->check(*config, static_cast<int64_t>(data.labels.size()));
+    batches->check_labels_count(options.accumulate);
     // Batches have numbers only.
     if (options.known_labels.size() == data.labels.size()) data.labels = options.known_labels;
     data.train = std::move(batches);

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <stdexcept>
@@ -217,6 +218,16 @@ class RunFolder {
   State state_ = State::fresh;
   bool begun_ = false;
 };
+
+/// Throws: std::runtime_error where a log lies in the folder of its run, which is replaced as a whole.
+inline void check_log(const fs::path& log, const fs::path& out) {
+  if (log.empty()) return;
+  const auto folder = fs::weakly_canonical(out / ""), file = fs::weakly_canonical(log);
+  const auto end = folder.has_filename() ? folder.end() : std::prev(folder.end());
+  if (std::mismatch(folder.begin(), end, file.begin(), file.end()).first != end) return;
+  throw std::runtime_error(fmt::format(
+      "--log: '{}' must not lie in --out, '{}', which is replaced as a whole", log.string(), out.string()));
+}
 
 /// Throws: std::runtime_error naming the first option whose value is not the one the run was begun with.
 inline void require_same_arguments(const Arguments& now, const nlohmann::ordered_json& then,

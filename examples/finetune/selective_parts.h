@@ -106,8 +106,9 @@ inline std::vector<peft::Part> bitfit_parts(const MethodValues& values, const Pl
   const auto kinds = values.list("kinds");
   const auto terms = bitfit_terms(values);
   auto target = peft::all();
-  if (!names.empty() + !kinds.empty() + !terms.empty() > 1) {
-    throw std::runtime_error("--method bitfit: expected biases, kinds or terms, but got several");
+  if ((values.has("biases") && values.has("targets")) ||
+      !names.empty() + !kinds.empty() + !terms.empty() > 1) {
+    throw std::runtime_error("--method bitfit: expected biases, kinds, terms or targets, but got several");
   }
   if (!names.empty()) {
     target = target_of(names, place);

@@ -230,7 +230,9 @@ inline Method read_method(const TrainOptions& options, const std::string& text, 
 class Run {
  public:
   explicit Run(TrainOptions options)
-      : options_(std::move(options)), folder_(options_.out, options_.overwrite, options_.resume) {}
+      : options_(std::move(options)), folder_(options_.out, options_.overwrite, options_.resume) {
+    check_log(options_.log, options_.out);
+  }
 
   ResultRow operator()() {
     try {
@@ -286,6 +288,7 @@ class Run {
       go_on_as_trained();
     } else {
       method_ = read_method(options_, options_.method);
+      check_targets();
     }
     const BaseOptions base{options_.model, internal::parse_dtype(options_.dtype), options_.dropout,
                            internal::parse_device(options_.device)};
@@ -360,6 +363,15 @@ class Run {
     }
     options_.pooling = settings->pooling;
     options_.known_labels = settings->labels;
+  }
+
+  /// `--targets` for a method without any: an error, or a note where several methods share the option.
+  void check_targets() {
+    const auto& keys = internal::method_entry(method_->name).keys;
+    if (options_.targets.empty() || std::find(keys.begin(), keys.end(), "targets") != keys.end()) return;
+    if (!options_.quiet)
+      throw std::runtime_error(fmt::format("--targets: {} has no targets to choose", method_->name));
+    say(fmt::format("note: {} has no targets to choose; --targets is of the other methods", method_->name));
   }
 
   /// A head of the right size for other labels is taken as it is.

@@ -4,15 +4,19 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <functional>
 #include <map>
 #include <new>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "finetune/child.h"
+#include "finetune/command_line.h"
 #include "finetune/kept_memory.h"
 #include "finetune/threads.h"
 #include "table.h"
@@ -47,7 +51,8 @@ void add_rows(const std::vector<std::string>& texts, const std::string& option,
     const auto equals = text.find('=');
     const auto number = equals == std::string::npos ? text : text.substr(equals + 1);
     std::int64_t rows = 0;
-    if (!CLI::detail::lexical_cast(number, rows) || rows < 1)
+    const auto [stopped, error] = std::from_chars(number.data(), number.data() + number.size(), rows);
+    if (error != std::errc() || stopped != number.data() + number.size() || rows < 1)
       throw std::runtime_error(
           fmt::format("{}: expected TASK=N or N, N at least 1, but got '{}'", option, text));
     limits[equals == std::string::npos ? "" : glue::glue_task(text.substr(0, equals)).name] = rows;
@@ -61,7 +66,7 @@ int main(int argc, char** argv) {
   CLI::App app{"Trains methods on GLUE's tasks over seeds, and prints the table.", "peft-glue"};
   glue::TableOptions options;
   std::vector<std::string> train_rows, dev_rows;
-  const auto positive = CLI::Range(std::int64_t{1}, std::int64_t{1} << 40);
+  const auto positive = finetune::whole_number(1, std::int64_t{1} << 40);
   app.add_option("--data", options.data, "GLUE's folder: a folder a task, with its train.tsv and dev.tsv")
       ->required();
   app.add_option("--model", options.model,
@@ -75,42 +80,42 @@ int main(int argc, char** argv) {
                  fmt::format("tasks, parted by commas (default: all that are there): {}",
                              fmt::join(glue::task_names(), ", ")))
       ->delimiter(',');
-  app.add_option(
-         "--method", options.methods,
-         fmt::format("methods, one an option: {} (default: all of these), with --preset published {}, or "
-                     "any of peft-finetune with its keys",
-                     fmt::join(glue::recipe_names(false), ", "), fmt::join(glue::recipe_names(true), ", ")))
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  finetune::add_repeated(
+      app, "--method", options.methods,
+      fmt::format("methods, one an option: {} (default: all of these), with --preset published {}, or "
+                  "any of peft-finetune with its keys",
+                  fmt::join(glue::recipe_names(false), ", "), fmt::join(glue::recipe_names(true), ", ")));
   app.add_option("--preset", options.preset,
                  "default: settings for a small encoder; published: those of the methods' papers")
       ->check(CLI::IsMember({"default", "published"}))
       ->capture_default_str();
   app.add_option("--seeds", options.seeds, "runs of each cell, with --first-seed and the next ones")
-      ->check(positive)
+      ->transform(positive)
       ->capture_default_str();
-  app.add_option("--first-seed", options.first_seed)->capture_default_str();
+  app.add_option("--first-seed", options.first_seed)
+      ->transform(finetune::whole_number(0))
+      ->capture_default_str();
   app.add_option("--rows", train_rows, "only the first N rows to train on: TASK=N, or N for all")
       ->delimiter(',');
   app.add_option("--dev-rows", dev_rows, "only the first N rows to evaluate on: TASK=N, or N for all")
       ->delimiter(',');
-  app.add_option("--epochs", options.epochs, "in place of the preset's")->check(positive);
-  app.add_option("--batch-size", options.batch_size, "in place of the preset's")->check(positive);
-  app.add_option("--max-length", options.max_length, "tokens, in place of the preset's")->check(positive);
+  app.add_option("--epochs", options.epochs, "in place of the preset's")->transform(positive);
+  app.add_option("--batch-size", options.batch_size, "in place of the preset's")->transform(positive);
+  app.add_option("--max-length", options.max_length, "tokens, in place of the preset's")->transform(positive);
   app.add_option("--eval-every", options.eval_every, "steps between evaluations (default: an epoch)")
-      ->check(positive);
+      ->transform(positive);
   auto* peer =
       app.add_option("--peer", options.peer.python,
                      "a Python with torch, transformers and peft, which trains head, lora and adalora too, "
                      "from the same start on the same batches");
   app.add_option("--more-seeds", options.more_seeds, "for cells in which the two programs differ")
-      ->check(CLI::Range(std::int64_t{0}, std::int64_t{1} << 20))
+      ->transform(finetune::whole_number(0, std::int64_t{1} << 20))
       ->capture_default_str()
       ->needs(peer);
   app.add_flag("--no-best{false}", options.keep_best, "does not keep the best adapter of each cell");
   app.add_flag("--report", options.report_only, "runs nothing: the table of what is finished");
   app.add_option("--threads", options.threads, "that compute (default: one a core)")
-      ->check(CLI::Range(1, 4096));
+      ->transform(finetune::whole_number(1, 4096));
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

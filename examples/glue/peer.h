@@ -114,14 +114,13 @@ struct Peer {
 };
 
 /// Trains a cell in Python: on the same initial adapter and head, the same batches in the same order.
-/// `work`: a folder for what the two programs tell each other, which is removed afterwards.
+/// `work`: an empty folder for what the two programs tell each other.
 inline CellResult train_in_python(const Peer& peer, const fs::path& model, const CellSettings& settings,
                                   const GlueData& data, const fs::path& work) {
   const auto options = internal::options_of(settings.recipe);
   StartedModel start(model, settings, data);
   CellResult result;
-  fs::remove_all(work);
-  fs::create_directories(work / "adapter");
+  fs::create_directory(work / "adapter");
 
   const bool head_only = start.head_only();
   if (!head_only) start.model.save(work / "adapter", finetune::Settings{{"-"}}.to_json());
@@ -172,7 +171,6 @@ inline CellResult train_in_python(const Peer& peer, const fs::path& model, const
       logits.push_back(given.at(fmt::format("{}.dev{}", step.get<std::int64_t>(), i)));
     result.curve.push_back(score(data, step.get<std::int64_t>(), logits));
   }
-  fs::remove_all(work);
   return result;
 }
 

@@ -19,6 +19,7 @@
 #include "finetune/compare.h"
 #include "finetune/threads.h"
 #include "peer.h"
+#include "peft/io/staged_directory.h"
 #include "recipe.h"
 #include "report.h"
 #include "train_cell.h"
@@ -107,6 +108,8 @@ class Table {
     };
     for (const auto& name : options_.tasks.empty() ? task_names() : options_.tasks) {
       const auto& task = glue_task(name);
+      const auto is_this = [&task](const ReadTask& read) { return read.task == &task; };
+      if (std::any_of(tasks_.begin(), tasks_.end(), is_this)) continue;
       auto splits =
           read_splits(options_.data, task,
                       {limit(options_.train_rows, task.name), limit(options_.dev_rows, task.name)}, say);
@@ -236,9 +239,10 @@ class Table {
     if (settings.program != "peft") {
       auto peer = options_.peer;
       peer.threads = at::get_num_threads();
-      return train_in_python(
-          peer, options_.model, settings, data,
-          options_.out / fmt::format(".peer-{}-{}-{}", settings.task, settings.method, settings.seed));
+      // Never committed, so that nothing of it is left.
+      const peft::StagedDirectory work(
+          options_.out / fmt::format("peer-{}-{}-{}", settings.task, settings.method, settings.seed));
+      return train_in_python(peer, options_.model, settings, data, work.path());
     }
     const auto best =
         options_.keep_best ? options_.out / "best" / settings.file().replace_extension() : fs::path();

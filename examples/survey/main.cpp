@@ -14,6 +14,7 @@
 
 #include "bench/machine.h"
 #include "finetune/child.h"
+#include "finetune/command_line.h"
 #include "finetune/threads.h"
 #include "peft/io/atomic_file.h"
 #include "survey/attach.h"
@@ -126,11 +127,11 @@ int main(int argc, char** argv) {
   auto* model = app.add_option("model", setting.folder, "Hugging Face folder of an encoder");
   app.add_option("--methods", arguments.methods,
                  "as peft-finetune's --method: NAME or NAME:key=value,… (default: all; --list names them)");
-  const CLI::Range positive(1, 1 << 20);
-  app.add_option("--batch", setting.batch, "texts a step")->check(positive)->capture_default_str();
-  app.add_option("--length", setting.length, "tokens a text")->check(positive)->capture_default_str();
+  const auto positive = finetune::whole_number(1, 1 << 20);
+  app.add_option("--batch", setting.batch, "texts a step")->transform(positive)->capture_default_str();
+  app.add_option("--length", setting.length, "tokens a text")->transform(positive)->capture_default_str();
   app.add_option("--repeat", setting.repeat, "rounds of every comparison of times")
-      ->check(CLI::Range(1, 10000))
+      ->transform(finetune::whole_number(1, 10000))
       ->capture_default_str();
   app.add_option("--out", arguments.out, "folder for survey.md, survey.csv and survey.json");
   app.add_flag("--list", arguments.list, "names the methods and ends");

@@ -267,35 +267,53 @@ inline internal::Json tokenizer_json_of_folder(const std::filesystem::path& fold
 }
 
 /// Refuses a folder whose tokenizer_config.json and tokenizer.json differ in how
-/// BERT's texts are normalised: transformers' AutoTokenizer follows the first,
-/// other programs the second. Throws: std::runtime_error naming both.
+/// BERT's texts are normalised, or in the blank before the first word of RoBERTa
+/// and GPT-2: transformers' AutoTokenizer follows the first, other programs the
+/// second. Throws: std::runtime_error naming both.
 inline void check_settings_agree(const std::filesystem::path& folder) {
   const auto path = folder / "tokenizer_config.json";
   if (!std::filesystem::exists(path)) return;
   const internal::Json settings = internal::read_json(path);
-  const std::vector<std::pair<std::string, std::string>> names{
+  const auto is_set = [&](const std::string& name) {
+    return settings.is_object() && settings.contains(name) && settings.at(name).is_boolean();
+  };
+  const std::vector<std::pair<std::string, std::string>> of_bert{
       {"do_lower_case", "lowercase"},
       {"strip_accents", "strip_accents"},
       {"tokenize_chinese_chars", "handle_chinese_chars"}};
-  const auto is_set = [&](const auto& name) {
-    return settings.is_object() && settings.contains(name.first) && settings.at(name.first).is_boolean();
-  };
-  if (std::none_of(names.begin(), names.end(), is_set)) return;
+  const std::string blank = "add_prefix_space";
+  if (!is_set(blank) &&
+      std::none_of(of_bert.begin(), of_bert.end(), [&](const auto& name) { return is_set(name.first); })) {
+    return;
+  }
   const internal::Json file = internal::read_json(folder / "tokenizer.json");
-  const auto normalizer =
-      file.is_object() && file.contains("normalizer") ? file.at("normalizer") : internal::Json();
-  if (!normalizer.is_object() || normalizer.value("type", internal::Json()) != "BertNormalizer") return;
-  for (const auto& [setting, key] : names) {
-    if (!is_set(std::pair(setting, key))) continue;
+  const auto part = [&](const char* name, const char* type) {
+    const auto found = file.is_object() && file.contains(name) ? file.at(name) : internal::Json();
+    const bool is_type = found.is_object() && found.value("type", internal::Json()) == type;
+    return is_type ? found : internal::Json::object();
+  };
+  const auto require = [&](const std::string& setting, const char* of, const std::string& key,
+                           const internal::Json& value) {
+    if (!is_set(setting) || value == settings.at(setting)) return;
+    throw std::runtime_error(fmt::format(
+        "{}: '{}' is {}, but the {} of tokenizer.json has '{}': {} (hint: transformers follows the "
+        "first; save_pretrained of its tokenizer writes both alike)",
+        path.string(), setting, settings.at(setting).dump(), of, key, value.dump()));
+  };
+  const auto normalizer = part("normalizer", "BertNormalizer");
+  for (const auto& [setting, key] : of_bert) {
+    if (normalizer.empty()) break;
     auto value = normalizer.value(key, internal::Json());
     // Without a word, accents go with the case.
     if (value.is_null() && key == "strip_accents") value = normalizer.value("lowercase", internal::Json());
-    if (value == settings.at(setting)) continue;
-    throw std::runtime_error(fmt::format(
-        "{}: '{}' is {}, but the normalizer of tokenizer.json has '{}': {} (hint: transformers follows the "
-        "first; save_pretrained of its tokenizer writes both alike)",
-        path.string(), setting, settings.at(setting).dump(), key, value.dump()));
+    require(setting, "normalizer", key, value);
   }
+  // Other classes' tokenizers are their tokenizer.json alone.
+  const auto name = settings.value("tokenizer_class", internal::Json());
+  const bool follows = name.is_string() && (name.get<std::string>().starts_with("RobertaTokenizer") ||
+                                            name.get<std::string>().starts_with("GPT2Tokenizer"));
+  const auto bytes = part("pre_tokenizer", "ByteLevel");
+  if (follows && !bytes.empty()) require(blank, "pre_tokenizer", blank, bytes.value(blank, internal::Json()));
 }
 
 }  // namespace text

@@ -327,6 +327,24 @@ def test_tokenize(place):
     check([int(word) for word in done.stdout.split()] == cat, done.stdout)
     done = tiny.good("tokenize", "--model", place.model, "--data", place.test)
     check(len(done.stdout.splitlines()) == 30, "a line a text")
+    # A text may stand in brackets, with a comma in it.
+    done = tiny.good("tokenize", "--model", place.model, "--text", "[MASK]", "--text", "[the, cats]")
+    lines = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    check(len(lines) == 2 and lines[0] == [ids["[CLS]"], ids["[MASK]"], ids["[SEP]"]], done.stdout)
+
+
+def test_whole_numbers(place):
+    done = tiny.good("train", "--model", place.model, "--train", place.train, "--method", "head", "--steps", "010",
+                     "--out", f"{place.root}/ten")
+    check(" 10 steps" in done.stderr, done.stderr)
+
+
+def test_pairs_in_a_file(place):
+    out = f"{place.root}/pairs.tsv"
+    tiny.good("predict", "--model", place.model, "--adapter", place.lora, "--text", "the cat\tthe dog", "--out", out)
+    with open(out, encoding="utf-8") as file:
+        lines = [line.split("\t") for line in file.read().splitlines()]
+    check(lines[0] == ["label", "probability", "text_a", "text_b"] and lines[1][2:] == ["the cat", "the dog"], lines)
 
 
 def test_compare(place):

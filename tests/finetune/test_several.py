@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -130,9 +131,13 @@ def ensemble(place, name, method, pooling):
     # What is finished stays, what is missing is trained as it was.
     before = tensors(folders[2])
     shutil.rmtree(folders[2])
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    os.mkdir(f"{out}/.3.tmp-{ended.pid}@{socket.gethostname()}")  # as a killed run leaves it
     again = tiny.good(*place.command(*common), "--seed", 5, "--ensemble", 3, "--log", f"{out}.jsonl", "--out", out,
                       "--resume")
     check(same(tensors(folders[2]), before) and again.stdout == done.stdout, again.stderr)
+    check(sorted(os.listdir(out)) == ["1", "2", "3"], os.listdir(out))
 
 
 def test_ensemble_of_prompts(place):

@@ -77,7 +77,7 @@ class Cases:
 
     def add(self, name, arguments, *culprits, anywhere=(), nowhere=(), **options):
         """culprits: what the first line must hold; anywhere: what the whole message must; nowhere: what it must not.
-        OUT among the arguments is a path that does not exist and must not exist afterwards."""
+        OUT at the beginning of an argument is a path that does not exist and must not exist afterwards."""
         self.cases.append((name, arguments, culprits, anywhere, nowhere, options))
 
     def train_with(self, name, *culprits, model=None, train=None, method="lora:rank=2", targets="query", extra=(),
@@ -96,7 +96,8 @@ class Cases:
         folder = self.folder("run " + name)
         out = f"{folder}/out"
         before = files_below(self.root + "/cases/" + os.path.basename(folder))
-        done = tiny.run(*[out if a == "OUT" else a for a in arguments], **options)
+        arguments = [out + a[3:] if a == "OUT" or a.startswith("OUT/") else a for a in arguments]
+        done = tiny.run(*arguments, **options)
         problems = message_problems(done, culprits, anywhere)
         problems += [f"the message holds '{text}'" for text in nowhere if text in done.stderr]
         if os.path.lexists(out):
@@ -159,6 +160,10 @@ def add_data_cases(cases):
     cases.predict_with("data: predict without a tab", f"{bad_test}:2", adapter=cases.adapter,
                        extra=["--data", bad_test])
     cases.predict_with("data: empty --text", "--text", adapter=cases.adapter, extra=["--text", ""])
+    for name, *texts in [("one and two texts", "red cat", "red\tcat"), ("half a pair", "red\t "),
+                         ("three texts", "red\tcat\tdog"), ("a line's end, with --out", "red\ncat")]:
+        cases.predict_with(f"data: --text of {name}", "--text", adapter=cases.adapter,
+                           extra=[word for text in texts for word in ("--text", text)])
     cases.predict_with("data: --text in invalid UTF-8", "UTF-8", adapter=cases.adapter,
                        extra=["--text", os.fsdecode(b"a \xff cat")])
 
@@ -222,6 +227,9 @@ def add_option_cases(cases):
     cases.train_with("target: matches nothing", "qery", targets="qery", anywhere=["query"])
     cases.train_with("target: one of two matches nothing", "valeu", targets="query,valeu", anywhere=["value"])
     cases.train_with("target: not a layer to adapt", "dropout", targets="dropout")
+    cases.train_with("target: of a method without any", "--targets", "houlsby", method="houlsby")
+    cases.train_with("method: BitFit's biases and targets", "targets", method="bitfit:biases=[query],targets=[key]",
+                     targets=None)
     cases.add("target: empty", ["train", "--model", cases.model, "--train", cases.train, "--method", "lora:rank=2",
                                 "--targets", "", "--out", "OUT"], "target")
     for option, value in [("--batch-size", "0"), ("--batch-size", "x"), ("--steps", "-1"), ("--epochs", "-2"),
@@ -229,7 +237,8 @@ def add_option_cases(cases):
                           ("--schedule", "steep"), ("--pooling", "max"), ("--dtype", "float12"), ("--device", "abacus"),
                           ("--accumulate", "0"), ("--dropout", "1.5"), ("--max-length", "0"), ("--max-length", "1"),
                           ("--max-length", "131"), ("--threads", "0"), ("--weight-decay", "-0.1"), ("--clip", "-1"),
-                          ("--checkpoint-every", "-5"), ("--seed", "x"), ("--train-rows", "0")]:
+                          ("--checkpoint-every", "-5"), ("--seed", "x"), ("--seed", "-1"),
+                          ("--seed", "99999999999999999999"), ("--train-rows", "0")]:
         # Twice the same option would be an error of its own.
         given = {"--steps": "2", "--batch-size": "4"}
         given.pop(option, None)
@@ -259,6 +268,8 @@ def add_option_cases(cases):
                    "--method", "lora:targets=[qery]", "--method", "bitfit:biases=[valeu]", "--steps", "2", "--pooling",
                    pooling, "--out", "OUT"], "--method lora:targets=[qery]", "qery", "query",
                   anywhere=["--method bitfit:biases=[valeu]", "value"], nowhere=["method 1 of 3"])
+    cases.add("option: a log in --out", ["train", "--model", cases.model, "--train", cases.train, "--method", "head",
+                                         "--steps", "2", "--out", "OUT", "--log", "OUT/log.jsonl"], "--log")
     cases.add("option: merge without an adapter", ["merge", "--model", cases.model, "--out", "OUT"], "--adapter")
 
 

@@ -109,6 +109,18 @@ TEST_CASE("A tokenizer.json that its settings contradict is refused", "[tokenize
                "'lowercase': true (hint:"));
   CHECK_THAT(refusal({{"strip_accents", false}}), Contains("'strip_accents' is false"));
   CHECK_THAT(refusal({{"tokenize_chinese_chars", false}}), Contains("'handle_chinese_chars': true"));
+
+  tokenizer.erase("normalizer");
+  tokenizer["pre_tokenizer"] = {
+      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
+  write(folder, "tokenizer.json", tokenizer);
+  CHECK_THAT(refusal({{"tokenizer_class", "RobertaTokenizerFast"}, {"add_prefix_space", true}}),
+             Contains("'add_prefix_space' is true, but the pre_tokenizer of tokenizer.json has "
+                      "'add_prefix_space': false"));
+  CHECK_THAT(refusal({{"tokenizer_class", "RobertaTokenizer"}, {"add_prefix_space", false}}),
+             !Contains("add_prefix_space"));
+  CHECK_THAT(refusal({{"tokenizer_class", "PreTrainedTokenizerFast"}, {"add_prefix_space", true}}),
+             !Contains("add_prefix_space"));
 }
 
 TEST_CASE("A folder from which no tokenizer can be made is an error that names what is wrong",
