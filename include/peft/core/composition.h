@@ -138,7 +138,9 @@ concept MakesBlock = (std::convertible_to<Children, Composition> && ...) &&
 
 }  // namespace internal
 
-/// Each works on what the one before it made.
+/// Each works on what the one before it made. A parallel bottleneck is given the sub-layer's input and adds
+/// to what was made so far; in AdapterHub's stacks it adds to the sub-layer's output, and drops what was
+/// made.
 struct Stack : Composition {
   template <class... Children>
   requires internal::MakesBlock<Stack, Children...>

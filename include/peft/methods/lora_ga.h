@@ -26,7 +26,7 @@ enum class LoraGaDirection {
 
 /// How the factors are scaled.
 enum class LoraGaScale {
-  stable,      ///< B times out^¼ / √gamma
+  stable,      ///< B times out^¼ / √gamma (Hugging Face's takes a Conv1D's inputs for its outputs)
   weight_svd,  ///< B so that its largest singular value is the weight's
   gd_scale,    ///< A and B divided by s
   unit,        ///< not at all
