@@ -89,16 +89,17 @@ class PeftConfigReader {
     return text;
   }
 
-  /// Python's classes for these tasks save their head, whether the config names it or, as before peft 0.11,
-  /// not.
+  /// Python's classes for these tasks save their head, also where the config names none, as before peft 0.11.
   void add_heads() {
     if (config_.own || !known_.contains("modules_to_save")) return;
     const auto heads = task_heads().find(config_.task_type);
     if (heads == task_heads().end()) return;
     auto& saved = config_.modules_to_save;
-    for (const auto& name : heads->second) {
-      if (std::find(saved.begin(), saved.end(), name) == saved.end()) saved.push_back(name);
-    }
+    const auto is_head = [&](const std::string& name) {
+      return std::find(heads->second.begin(), heads->second.end(), name) != heads->second.end();
+    };
+    if (std::none_of(saved.begin(), saved.end(), is_head))
+      saved.insert(saved.end(), heads->second.begin(), heads->second.end());
   }
 
   /// True where the method has this key and the file gives it.

@@ -304,9 +304,7 @@ class PeftExporter {
         own("'" + path(entry) + "' is a part of a module, which Python saves whole");
       }
       if (plain && lies_under(path(entry), origin.names)) {
-        for (const auto& name : origin.names) {
-          if (lies_under(path(entry), {name})) names.insert(name);
-        }
+        names.insert(origin.names.begin(), origin.names.end());
       } else {
         names.insert(path(entry));
       }
