@@ -222,7 +222,8 @@ class RunFolder {
 /// Throws: std::runtime_error where a log lies in the folder of its run, which is replaced as a whole.
 inline void check_log(const fs::path& log, const fs::path& out) {
   if (log.empty()) return;
-  const auto folder = fs::weakly_canonical(out / ""), file = fs::weakly_canonical(log);
+  const auto folder = fs::weakly_canonical(fs::absolute(out / "")),
+             file = fs::weakly_canonical(fs::absolute(log));
   const auto end = folder.has_filename() ? folder.end() : std::prev(folder.end());
   if (std::mismatch(folder.begin(), end, file.begin(), file.end()).first != end) return;
   throw std::runtime_error(fmt::format(

@@ -281,9 +281,13 @@ inline void check_settings_agree(const std::filesystem::path& folder) {
       {"do_lower_case", "lowercase"},
       {"strip_accents", "strip_accents"},
       {"tokenize_chinese_chars", "handle_chinese_chars"}};
-  const std::string blank = "add_prefix_space";
-  if (!is_set(blank) &&
-      std::none_of(of_bert.begin(), of_bert.end(), [&](const auto& name) { return is_set(name.first); })) {
+  // Other classes' tokenizers are their tokenizer.json alone.
+  const auto named =
+      settings.is_object() ? settings.value("tokenizer_class", internal::Json()) : internal::Json();
+  const auto name = named.is_string() ? named.get<std::string>() : std::string();
+  const bool adds_blank = name.starts_with("RobertaTokenizer") || name.starts_with("GPT2Tokenizer");
+  if (!adds_blank &&
+      std::none_of(of_bert.begin(), of_bert.end(), [&](const auto& each) { return is_set(each.first); })) {
     return;
   }
   const internal::Json file = internal::read_json(folder / "tokenizer.json");
@@ -292,13 +296,13 @@ inline void check_settings_agree(const std::filesystem::path& folder) {
     const bool is_type = found.is_object() && found.value("type", internal::Json()) == type;
     return is_type ? found : internal::Json::object();
   };
-  const auto require = [&](const std::string& setting, const char* of, const std::string& key,
-                           const internal::Json& value) {
-    if (!is_set(setting) || value == settings.at(setting)) return;
+  const auto require = [&](const std::string& setting, const internal::Json& wanted, const char* of,
+                           const std::string& key, const internal::Json& value) {
+    if (value == wanted) return;
     throw std::runtime_error(fmt::format(
         "{}: '{}' is {}, but the {} of tokenizer.json has '{}': {} (hint: transformers follows the "
         "first; save_pretrained of its tokenizer writes both alike)",
-        path.string(), setting, settings.at(setting).dump(), of, key, value.dump()));
+        path.string(), setting, wanted.dump(), of, key, value.dump()));
   };
   const auto normalizer = part("normalizer", "BertNormalizer");
   for (const auto& [setting, key] : of_bert) {
@@ -306,14 +310,14 @@ inline void check_settings_agree(const std::filesystem::path& folder) {
     auto value = normalizer.value(key, internal::Json());
     // Without a word, accents go with the case.
     if (value.is_null() && key == "strip_accents") value = normalizer.value("lowercase", internal::Json());
-    require(setting, "normalizer", key, value);
+    if (is_set(setting)) require(setting, settings.at(setting), "normalizer", key, value);
   }
-  // Other classes' tokenizers are their tokenizer.json alone.
-  const auto name = settings.value("tokenizer_class", internal::Json());
-  const bool follows = name.is_string() && (name.get<std::string>().starts_with("RobertaTokenizer") ||
-                                            name.get<std::string>().starts_with("GPT2Tokenizer"));
   const auto bytes = part("pre_tokenizer", "ByteLevel");
-  if (follows && !bytes.empty()) require(blank, "pre_tokenizer", blank, bytes.value(blank, internal::Json()));
+  const std::string blank = "add_prefix_space";
+  if (adds_blank && !bytes.empty()) {
+    require(blank, is_set(blank) ? settings.at(blank) : internal::Json(false), "pre_tokenizer", blank,
+            bytes.value(blank, internal::Json(true)));
+  }
 }
 
 }  // namespace text

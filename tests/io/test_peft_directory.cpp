@@ -782,11 +782,11 @@ struct HeadedImpl : torch::nn::Cloneable<HeadedImpl>, peft::Described {
   HeadedImpl() { HeadedImpl::reset(); }
   void reset() override {
     q = register_module("q", peft::Linear(4, 4));
-    v = register_module("v", peft::Linear(4, 4));
+    dense = register_module("dense", peft::Linear(4, 4));
     classifier = register_module("classifier", Head());
   }
   peft::ModelDescription describe() const override { return {"SEQ_CLS", "some/base", "roberta"}; }
-  peft::Linear q{nullptr}, v{nullptr};
+  peft::Linear q{nullptr}, dense{nullptr};
   Head classifier{nullptr};
 };
 TORCH_MODULE(Headed);
@@ -805,6 +805,25 @@ TEST_CASE("The head that a task's class saves is read without its name, as befor
   Headed other;
   const auto loaded = peft::load_adapter(*other, folder / "out");
   CHECK(loaded.sites() == Strings{"q", "classifier.dense", "classifier.out_proj"});
+
+  // With biases too, which leave out what is saved; layers of the head that a name means are left out as
+  // well.
+  Headed fourth;
+  const auto biased = peft::add_adapter(
+      *fourth, {peft::on(peft::LoraOptions(2), peft::named({"q", "dense"}).exclude({"classifier"})),
+                peft::on(peft::BiasOptions(), everywhere({"classifier"})),
+                peft::on(peft::ReplaceOptions(), peft::named({"classifier"}))});
+  perturb(biased);
+  peft::save_adapter(biased, folder / "biased");
+  change_config(folder / "biased", [](auto& json) {
+    json["modules_to_save"] = nullptr;
+    json["target_modules"] = {"dense", "q"};
+  });
+  Headed fifth;
+  CHECK(peft::save_adapter(peft::load_adapter(*fifth, folder / "biased"), folder / "again").empty());
+  CHECK(config_of(folder / "again")["peft_type"] == "LORA");
+  CHECK(config_of(folder / "again")["bias"] == "all");
+  CHECK(config_of(folder / "again")["target_modules"] == Strings{"dense", "q"});
 
   // A part of the head is not what that class asks for.
   Headed third;

@@ -769,21 +769,30 @@ TEST_CASE("Parts of a model that were adapted apart keep their adapters and thei
   CHECK(whole.sites() == std::vector<std::string>{"left.0", "right.0"});
 }
 
-TEST_CASE("A verb on a part of a model leaves the names of the whole", "[adapter]") {
+TEST_CASE("A handle knows whether its layers are named as in its model", "[adapter]") {
   auto net = make_net();
   const auto adapter = peft::add_adapter(*net, LoraOptions(2), named({"query"}), "one");
-  const auto names = adapter.sites();
   auto& part = *net->encoder;
+  // A copy of a part renames nothing of the whole.
   const auto spare = peft::clone(part);
-  CHECK(adapter.sites() == names);
-  CHECK(peft::adapter(*spare, "one").sites() == Paths{"layer.0.query", "layer.1.query", "layer.2.query"});
-  CHECK(peft::adapter(part, "one").sites() == names);
-  // One added to the part has the same names, those of layers that carried none too.
-  const auto second = peft::add_adapter(part, LoraOptions(2), named({"value"}), "two");
-  for (const auto& path : second.sites()) CHECK_THAT(path, Contains("encoder.layer."));
-  CHECK(adapter.sites() == names);
-  // What is left of an adapter that was taken off a part comes off too.
+  CHECK(adapter.sites() == query_paths());
+  CHECK_NOTHROW(adapter.check_names("save_adapter"));
+  const Paths in_part{"layer.0.query", "layer.1.query", "layer.2.query"};
+  CHECK(peft::adapter(*spare, "one").sites() == in_part);
+  // A verb that adds to it or looks something up does.
+  peft::add_adapter(part, LoraOptions(2), named({"value"}), "two");
+  CHECK(adapter.sites() == in_part);
+  CHECK_THROWS_WITH(
+      adapter.check_names("save_adapter"),
+      Contains("save_adapter: 'one' has a layer 'layer.0.query', which is its path in another"));
+  CHECK(peft::adapter(*net, "one").sites() == query_paths());
+  CHECK_NOTHROW(adapter.check_names("save_adapter"));
+
   peft::train_also(adapter, *net, named({"classifier"}));
+  peft::add_adapter(*net, LoraOptions(2), named({"embed"}), "words");
+  CHECK_THROWS_WITH(peft::adapter(part, "words"), Contains("no layer of this model carries 'words'"));
+  CHECK_NOTHROW(peft::clone(part));
+  // What is left of an adapter that was taken off a part comes off too.
   peft::remove_adapter(part, "one");
   CHECK_NOTHROW(peft::remove_adapter(*net, "one"));
   CHECK_NOTHROW(peft::add_adapter(*net, LoraOptions(2), named({"query"}), "one"));

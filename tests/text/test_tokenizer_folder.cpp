@@ -117,6 +117,7 @@ TEST_CASE("A tokenizer.json that its settings contradict is refused", "[tokenize
   CHECK_THAT(refusal({{"tokenizer_class", "RobertaTokenizerFast"}, {"add_prefix_space", true}}),
              Contains("'add_prefix_space' is true, but the pre_tokenizer of tokenizer.json has "
                       "'add_prefix_space': false"));
+  CHECK_THAT(refusal({{"tokenizer_class", "RobertaTokenizer"}}), !Contains("add_prefix_space"));
   CHECK_THAT(refusal({{"tokenizer_class", "RobertaTokenizer"}, {"add_prefix_space", false}}),
              !Contains("add_prefix_space"));
   CHECK_THAT(refusal({{"tokenizer_class", "PreTrainedTokenizerFast"}, {"add_prefix_space", true}}),

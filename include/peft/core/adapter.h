@@ -1,6 +1,7 @@
 // Adapter: the user's handle on all pieces of one name across a model.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -40,6 +41,20 @@ class Adapter {
   const std::vector<Entry>& entries() const { return state_->entries; }
   void add(Entry entry) const { state_->entries.push_back(std::move(entry)); }
   void set_entries(std::vector<Entry> entries) const { state_->entries = std::move(entries); }
+
+  /// Throws c10::Error where the layers are not named as in the model that the adapter was added to: a verb
+  /// on a part of that names them as in the part.
+  void check_names(const char* verb) const {
+    const auto& known = record().paths;
+    for (const auto& entry : entries()) {
+      const auto& path = entry.site->path();
+      TORCH_CHECK(
+          known.empty() || std::find(known.begin(), known.end(), path) != known.end(), verb, ": '", name(),
+          "' has a layer '", path,
+          "', which is its path in another model, a part or a whole that a verb was called on since (hint: "
+          "peft::adapter(model, name) gives a handle with the paths of that model)");
+    }
+  }
 
   /// Paths of the adapted layers, in the model's order, each once.
   std::vector<std::string> sites() const {

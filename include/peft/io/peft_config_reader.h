@@ -95,9 +95,7 @@ class PeftConfigReader {
     const auto heads = task_heads().find(config_.task_type);
     if (heads == task_heads().end()) return;
     auto& saved = config_.modules_to_save;
-    const auto is_head = [&](const std::string& name) {
-      return std::find(heads->second.begin(), heads->second.end(), name) != heads->second.end();
-    };
+    const auto is_head = [&](const std::string& name) { return lies_under(name, heads->second); };
     if (std::none_of(saved.begin(), saved.end(), is_head))
       saved.insert(saved.end(), heads->second.begin(), heads->second.end());
   }

@@ -42,6 +42,7 @@ namespace peft {
 /// for (const auto& line : peft::save_adapter(adapter, "out")) std::cerr << line << '\n';
 /// ```
 inline std::vector<std::string> save_adapter(const Adapter& adapter, const std::filesystem::path& directory) {
+  adapter.check_names("save_adapter");
   std::vector<std::string> notes;
   internal::PeftExporter exporter(adapter, notes);
   const auto config = exporter.text();

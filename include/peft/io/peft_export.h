@@ -215,7 +215,8 @@ class PeftExporter {
   bool means_too_much(const Means& means) const {
     const auto placed = targets();
     const auto is_other = [&](const std::string& target) {
-      return means(target) && std::find(placed.begin(), placed.end(), target) == placed.end();
+      return means(target) && std::find(placed.begin(), placed.end(), target) == placed.end() &&
+             !stands_at(target, saved_);  // which Python leaves alone
     };
     const auto& all = adapter_.record().paths;
     return std::any_of(all.begin(), all.end(), is_other) ||

@@ -102,8 +102,9 @@ class RankAllocator : public Controller {
     std::vector<std::shared_ptr<AdaLoraImpl>> own;
     for (const auto& piece : pieces) own.push_back(std::dynamic_pointer_cast<AdaLoraImpl>(piece));
     auto result = std::make_shared<RankAllocator>(options, std::move(own));
+    const auto from = state(), into = result->state();  // named by the paths in one model each
     std::map<std::string, Tensor> values;
-    for (const auto& [name, tensor] : state()) values.emplace(name, tensor.clone());
+    for (size_t i = 0; i < from.size(); ++i) values.emplace(into[i].first, from[i].second.clone());
     result->load_state(values);
     return result;
   }

@@ -72,7 +72,10 @@ inline Adapter adapter(nn::Module& model, const std::string& name) {
     if (node.site && !record && !node.site->pieces(name).empty())
       record = node.site->pieces(name).front().record;
   }
-  TORCH_INTERNAL_ASSERT(record);
+  TORCH_CHECK_VALUE(record, "adapter: no layer of this model carries '", name,
+                    "' (hint: the model is a part of one in which it was added to other layers)");
+  record->paths.clear();
+  for (const auto& node : nodes) record->paths.push_back(node.path);
   const Adapter handle(record);
   for (const auto& node : nodes) {
     if (!node.site) continue;
@@ -320,8 +323,8 @@ inline void remove_adapter(nn::Module& model, const std::string& name) {
   const bool is_list = composition.block == Composition::Block::stack &&
                        std::find(left.begin(), left.end(), name) == left.end();
   const bool is_active = std::find(set.active.begin(), set.active.end(), name) != set.active.end();
-  const bool merged = std::any_of(nodes.begin(), nodes.end(), [](const internal::Node& node) {
-    return node.site && node.site->is_merged();
+  const bool merged = std::all_of(nodes.begin(), nodes.end(), [&name](const internal::Node& node) {
+    return !node.site || node.site->is_merged() || node.site->pieces(name).empty();
   });
   TORCH_CHECK(!is_active || is_list || merged, "remove_adapter: '", name, "' is part of the active ",
               set.composition.text(), " (hint: set_active without it first)");
@@ -344,20 +347,21 @@ std::shared_ptr<Model> clone(Model& model) {
   TORCH_CHECK(from.size() == into.size(), "clone: this model's clone() has ", into.size(),
               " parameters, expected ", from.size());
   for (size_t i = 0; i < from.size(); ++i) into[i].set_requires_grad(from[i].requires_grad());
-  const auto nodes = internal::walk(*copy);
-  for (const auto& node : nodes) {
-    if (node.site) node.site->set_path(node.path);  // a model of its own, though it may copy a part
-  }
-  internal::tie_shared(nodes);
+  const auto sources = internal::walk(model);  // whose paths stay those of a whole that this may be a part of
   for (const auto& name : internal::adapter_names(model)) {
-    const auto original = adapter(model, name);
-    if (original.record().controllers.empty()) continue;
+    std::vector<Attached> originals;
+    for (const auto& node : sources) {
+      if (!node.site) continue;
+      const auto& own = node.site->pieces(name);
+      originals.insert(originals.end(), own.begin(), own.end());
+    }
+    if (originals.empty()) continue;  // an adapter of the whole that has no layer here
     const auto copied = adapter(*copy, name);
     std::map<const PieceImpl*, std::shared_ptr<PieceImpl>> twin;
-    for (size_t i = 0; i < original.entries().size(); ++i) {
-      twin[original.entries()[i].piece.get()] = copied.entries().at(i).piece;
+    for (size_t i = 0; i < originals.size(); ++i) {
+      twin[originals[i].piece.get()] = copied.entries().at(i).piece;
     }
-    for (const auto& controller : original.record().controllers) {
+    for (const auto& controller : originals.front().record->controllers) {
       std::vector<std::shared_ptr<PieceImpl>> pieces;
       for (const auto* piece : controller->pieces()) pieces.push_back(twin.at(piece));
       copied.record().controllers.push_back(controller->copy(pieces));

@@ -257,9 +257,7 @@ inline void initialize(const Plan& plan) {
 inline std::shared_ptr<AdapterRecord> make_record(nn::Module& model, const std::string& name) {
   auto record = std::make_shared<AdapterRecord>();
   record->name = name;
-  const auto nodes = walk(model);
-  const auto whole = path_in_whole(nodes);
-  for (const auto& node : nodes) record->paths.push_back(below(whole, node.path));
+  for (const auto& node : walk(model)) record->paths.push_back(node.path);
   if (const auto* described = dynamic_cast<const Described*>(&model)) record->model = described->describe();
   return record;
 }

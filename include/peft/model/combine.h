@@ -63,7 +63,7 @@ struct AdditionOptions {
   /// leaves cross terms B_i A_j and the rank as it was.
   TORCH_ARG(bool, exact) = false;
   /// One an adapter: the weight of an entry is λ_i F_i / ‖F_i‖, divided by their sum. The last one's F is at
-  /// least 1e-6, as in the reference. Not together with `exact`.
+  /// least 1e-6, as in the reference; the weights are positive. Not together with `exact`.
   TORCH_ARG(std::vector<Fisher>, fisher) = {};
 };
 

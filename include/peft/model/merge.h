@@ -54,7 +54,9 @@ inline void merge(nn::Module& model, bool keep = true) {
   }
   std::map<const at::TensorImpl*, std::set<std::string>> readers;  // of one parameter, by their paths
   for (const auto& node : nodes) {
-    if (!node.site || !node.site->base_info().offers_to(Needs::weights)) continue;
+    if (!node.site) continue;
+    const auto info = node.site->base_info();
+    if (info.weight_shape.empty() && info.bias_shape.empty()) continue;  // it has no weights
     const auto weights = node.site->base_weights();
     for (const auto& tensor : {weights.weight, weights.bias}) {
       if (tensor.defined()) readers[tensor.unsafeGetTensorImpl()].insert(node.path);

@@ -254,7 +254,7 @@ class ReparametrizedImpl
   void settle(const std::vector<const internal::Replacement*>& watched,
               const internal::Dependence& dependence, Check check, bool keeps_history) {
     internal::Problems problems;
-    bool tells = keeps_history;
+    bool tells = keeps_history || check == Check::all;
     for (size_t i = 0; i < watched.size(); ++i) tells = tells || dependence.used(i);
     if (!tells) return;
     for (size_t i = 0; i < watched.size(); ++i) {

@@ -77,7 +77,7 @@ inline bool become_site(Node& node, Plan& plan) {
   auto site =
       adapted_slot<nn::Linear, nn::Conv1d, nn::Conv2d, nn::Conv3d, nn::Embedding, nn::LayerNorm>(node.module);
   if (!site) return false;
-  site->set_path(below(path_in_whole(plan.nodes), node.path));
+  site->set_path(node.path);
   site->train(node.module->is_training());
   node.site = site;
   plan.swaps.emplace_back(site, [sequential, key = node.key, site] {

@@ -170,27 +170,11 @@ inline void adopt(const std::shared_ptr<Activation>& activation, const std::vect
   if (set.known.size() > before) activation->set(std::move(set));
 }
 
-/// The path of what lies at `path` in the model at `whole`.
-inline std::string below(const std::string& whole, const std::string& path) {
-  return whole.empty() || path.empty() ? whole + path : whole + "." + path;
-}
-
-/// Where the nodes' model lies in one whose layers carry adapters; empty where it is none's part.
-inline std::string path_in_whole(const std::vector<Node>& nodes) {
-  for (const auto& node : nodes) {
-    if (!node.site || node.site->adapters().empty() || node.site->path() == node.path) continue;
-    const auto& path = node.site->path();
-    if (node.path.empty()) return path;
-    if (ends_in_name(path, node.path)) return path.substr(0, path.size() - node.path.size() - 1);
-  }
-  return {};
-}
-
 /// Every module of a model, each once, parents before children, in the order of registration; adapters left
 /// out. Sites come to share one activation and one record an adapter (a plain `clone` gives each its own).
 /// `learn_paths`: their paths in this model become the ones that files and messages name them by; for verbs
-/// that make or look up a handle. Those of a part of a model in which they were adapted stay as they are in
-/// the whole, which a verb on the part does not rename.
+/// that make or look up a handle, so that one on a part of the model does not rename what was adapted as a
+/// whole.
 inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
   std::vector<Node> nodes;
   if (auto* self = dynamic_cast<SiteImpl*>(&model)) {
@@ -199,7 +183,6 @@ inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
   }
   std::set<const nn::Module*> seen;
   walk_into(model.weak_from_this().lock(), model, "", nodes, seen);
-  const auto whole = learn_paths ? path_in_whole(nodes) : std::string();
   for (const auto& node : nodes) {
     if (!node.site) continue;
     if (learn_paths && node.parent && node.parent != node.module && node.site->base_parameters().is_empty()) {
@@ -208,8 +191,7 @@ inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
         node.site->set_surroundings(around.front().scalar_type(), around.front().device());
       }
     }
-    if (const auto path = below(whole, node.path); learn_paths && node.site->path() != path)
-      node.site->set_path(path);
+    if (learn_paths && node.site->path() != node.path) node.site->set_path(node.path);
   }
   const auto activation = common_activation(nodes);
   const bool common = std::all_of(nodes.begin(), nodes.end(), [&](const Node& node) {

@@ -137,6 +137,7 @@ class AdamW : public AdapterOptimizer {
         if (factor == 0) factor = scale.defined() ? scale.item<double>() : 1;
         internal::adamw(values, gradients, mean, square, at.settings, steps_[at.first], factor);
       } else {
+        TORCH_CHECK(!capturable_ || run < scalars_.size(), "AdamW::step: prepare_step must come first");
         internal::adamw(values, gradients, mean, square, at.settings,
                         capturable_ ? scalars_[run] : scalars(at),
                         scale.defined() ? scale.to(values.device()) : scale);
