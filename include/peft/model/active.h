@@ -62,7 +62,9 @@ inline std::vector<std::string> adapter_names(nn::Module& model) {
 
 }  // namespace internal
 
-/// The handle on an adapter the model carries already (after `clone`, or in another function).
+/// The handle on an adapter the model carries already (after `clone`, or in another function). Its layers are
+/// named, in files too, by their paths in this model. Throws: c10::ValueError for a name the model does not
+/// have, or that none of its layers carries.
 inline Adapter adapter(nn::Module& model, const std::string& name) {
   const auto nodes = internal::walk(model, /*learn_paths=*/true);
   internal::require_known(*internal::activation_of(nodes, "adapter")->get(), name, "adapter");
