@@ -284,8 +284,8 @@ inline void check_settings_agree(const std::filesystem::path& folder) {
   // Other classes' tokenizers are their tokenizer.json alone.
   const auto named =
       settings.is_object() ? settings.value("tokenizer_class", internal::Json()) : internal::Json();
-  const auto name = named.is_string() ? named.get<std::string>() : std::string();
-  const bool adds_blank = name.starts_with("RobertaTokenizer") || name.starts_with("GPT2Tokenizer");
+  const auto made_by = named.is_string() ? named.get<std::string>() : std::string();
+  const bool adds_blank = made_by.starts_with("RobertaTokenizer") || made_by.starts_with("GPT2Tokenizer");
   if (!adds_blank &&
       std::none_of(of_bert.begin(), of_bert.end(), [&](const auto& each) { return is_set(each.first); })) {
     return;
