@@ -7,22 +7,31 @@
 #include <charconv>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <vector>
 
 namespace finetune {
+
+/// A whole number, if the text is one and nothing else.
+inline std::optional<int64_t> read_whole(std::string_view text) {
+  int64_t value = 0;
+  const auto* end = text.data() + text.size();
+  const auto [stopped, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || stopped != end) return std::nullopt;
+  return value;
+}
 
 /// For `transform`: a whole number as one writes it, so that 010 is ten. CLI11 reads it as C does, as eight,
 /// and cuts off what is too large.
 inline CLI::Validator whole_number(int64_t low, int64_t high = std::numeric_limits<int64_t>::max()) {
   return CLI::Validator(
       [low, high](std::string& text) {
-        int64_t value = 0;
-        const auto* end = text.data() + text.size();
-        const auto [stopped, error] = std::from_chars(text.data(), end, value);
-        if (error == std::errc() && stopped == end && value >= low && value <= high) {
-          text = std::to_string(value);
+        const auto value = read_whole(text);
+        if (value && *value >= low && *value <= high) {
+          text = std::to_string(*value);
           return std::string();
         }
         return fmt::format("'{}' is no whole number from {} to {}", text, low, high);

@@ -259,7 +259,7 @@ int main(int argc, char** argv) {
   const auto add_texts = [&](CLI::App& sub) {
     auto* group = sub.add_option_group("texts", "what to read");
     add_repeated(*group, "--text", use.texts,
-                 "a text, or two with a tab between; may be repeated, with as many");
+                 "a text, or two with a tab between; may be repeated, each with as many");
     group->add_option("--data", use.data, "labelled texts, as for train --train");
     group->require_option(1);
     return group;

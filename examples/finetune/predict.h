@@ -70,10 +70,7 @@ inline text::Dataset texts_of(const UseOptions& options) {
     const auto tab = given.find('\t');
     const bool pair = tab != std::string::npos;
     text::Row row{"", given.substr(0, tab), pair ? given.substr(tab + 1) : "", 0};
-    const auto is_blank = [](const std::string& text) {
-      return text.find_first_not_of(" \t\v\f\r\n") == std::string::npos;
-    };
-    if (is_blank(row.text) || (pair && is_blank(row.text_b)))
+    if (text::internal::is_blank(row.text) || (pair && text::internal::is_blank(row.text_b)))
       throw std::runtime_error("--text: a text is empty");
     if (row.text_b.find('\t') != std::string::npos)
       throw std::runtime_error("--text: must be one text, or two with a tab between, but has several tabs");

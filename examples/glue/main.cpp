@@ -4,7 +4,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -12,7 +11,6 @@
 #include <map>
 #include <new>
 #include <string>
-#include <system_error>
 #include <vector>
 
 #include "finetune/child.h"
@@ -50,12 +48,11 @@ void add_rows(const std::vector<std::string>& texts, const std::string& option,
   for (const auto& text : texts) {
     const auto equals = text.find('=');
     const auto number = equals == std::string::npos ? text : text.substr(equals + 1);
-    std::int64_t rows = 0;
-    const auto [stopped, error] = std::from_chars(number.data(), number.data() + number.size(), rows);
-    if (error != std::errc() || stopped != number.data() + number.size() || rows < 1)
+    const auto rows = finetune::read_whole(number);
+    if (!rows || *rows < 1)
       throw std::runtime_error(
           fmt::format("{}: expected TASK=N or N, N at least 1, but got '{}'", option, text));
-    limits[equals == std::string::npos ? "" : glue::glue_task(text.substr(0, equals)).name] = rows;
+    limits[equals == std::string::npos ? "" : glue::glue_task(text.substr(0, equals)).name] = *rows;
   }
 }
 

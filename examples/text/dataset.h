@@ -82,7 +82,7 @@ inline std::vector<std::string_view> split(std::string_view line, char separator
 }
 
 inline bool is_blank(std::string_view text) {
-  return text.find_first_not_of(" \t\v\f\r") == std::string_view::npos;
+  return text.find_first_not_of(" \t\v\f\r\n") == std::string_view::npos;
 }
 
 /// What is wrong with a row; empty if nothing is.

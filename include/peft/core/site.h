@@ -333,8 +333,10 @@ class SiteImpl : public nn::Module {
   template <class Run>
   Flow route(const Flow& in, const Run& run, const Missing& missing = {}) const {
     const auto* names = RowAdapters::current();
-    if (names) check_not_merged("RowAdapters");
-    if (names) return run_groups(in, named_groups(*names, in), run, missing);
+    if (names) {
+      check_not_merged("RowAdapters");
+      return run_groups(in, named_groups(*names, in), run, missing);
+    }
     const auto active = active_tree();
     const auto& tree = active ? *active : no_pieces();
     if (tree.empty()) return run(in, no_pieces());

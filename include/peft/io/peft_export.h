@@ -260,10 +260,8 @@ class PeftExporter {
     const auto named = [&](const std::string& target) {
       const auto bears = [&target](const std::string& name) { return ends_in_name(target, name); };
       if (std::any_of(first.exclude.begin(), first.exclude.end(), bears)) return false;
-      if (std::none_of(names.begin(), names.end(), bears)) return false;
-      if (first.layers.empty() || names.count(target)) return true;
-      const auto layer = layer_index(target, first.layers_pattern);
-      return std::find(first.layers.begin(), first.layers.end(), layer) != first.layers.end();
+      return std::any_of(names.begin(), names.end(), bears) &&
+             (names.count(target) || lies_in_layers(target, first.layers, first.layers_pattern));
     };
     if (means_too_much(named)) return false;
     config_.target_names.assign(names.begin(), names.end());

@@ -20,6 +20,9 @@ namespace peft::internal {
 
 inline constexpr const char* config_file_name = "adapter_config.json";
 
+/// What is said where a file has no place for `Adapter::scale`.
+inline constexpr const char* scale_note = "the adapter's scale is not written: loaded, it is 1 again";
+
 /// Takes what a user should know, a line each.
 using Note = std::function<void(const std::string&)>;
 

@@ -197,11 +197,7 @@ class ModuleFinder {
     for (const auto& name : config.target_names) {
       if (config.own ? path != name : !ends_in_name(path, name)) continue;
       unmatched.erase(name);
-      if (path != name && !config.layers.empty()) {
-        const auto layer = layer_index(path, config.layers_pattern);
-        if (std::find(config.layers.begin(), config.layers.end(), layer) == config.layers.end()) continue;
-      }
-      found = true;
+      found = found || path == name || lies_in_layers(path, config.layers, config.layers_pattern);
     }
     return found;
   }

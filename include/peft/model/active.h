@@ -76,8 +76,7 @@ inline Adapter adapter(nn::Module& model, const std::string& name) {
   }
   TORCH_CHECK_VALUE(record, "adapter: no layer of this model carries '", name,
                     "' (hint: the model is a part of one in which it was added to other layers)");
-  record->paths.clear();
-  for (const auto& node : nodes) record->paths.push_back(node.path);
+  record->paths = internal::module_paths(nodes);
   const Adapter handle(record);
   for (const auto& node : nodes) {
     if (!node.site) continue;

@@ -257,7 +257,7 @@ inline void initialize(const Plan& plan) {
 inline std::shared_ptr<AdapterRecord> make_record(nn::Module& model, const std::string& name) {
   auto record = std::make_shared<AdapterRecord>();
   record->name = name;
-  for (const auto& node : walk(model)) record->paths.push_back(node.path);
+  record->paths = module_paths(walk(model));
   if (const auto* described = dynamic_cast<const Described*>(&model)) record->model = described->describe();
   return record;
 }

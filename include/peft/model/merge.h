@@ -65,8 +65,9 @@ inline void merge(nn::Module& model, bool keep = true) {
   for (const auto& change : changes) {
     const auto weights = change.site->base_weights();
     for (const auto& tensor : {weights.weight, weights.bias}) {
-      if (!tensor.defined() || readers[tensor.unsafeGetTensorImpl()].size() < 2) continue;
-      const auto& paths = readers[tensor.unsafeGetTensorImpl()];
+      if (!tensor.defined()) continue;
+      const auto& paths = readers.at(tensor.unsafeGetTensorImpl());
+      if (paths.size() < 2) continue;
       problems.add("'" + *paths.begin() + "' and '" + *paths.rbegin() +
                    "' are one tensor: merging on one would change the other (hint: tie them by "
                    "b.set_data(a.detach()), two parameters of one memory)");

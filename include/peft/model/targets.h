@@ -214,6 +214,12 @@ inline std::vector<Node> walk(nn::Module& model, bool learn_paths = false) {
   return nodes;
 }
 
+inline std::vector<std::string> module_paths(const std::vector<Node>& nodes) {
+  std::vector<std::string> paths;
+  for (const auto& node : nodes) paths.push_back(node.path);
+  return paths;
+}
+
 /// The layer index Hugging Face's `layers_to_transform` reads in a path, or −1.
 inline int64_t layer_index(const std::string& path, const std::vector<std::string>& patterns) {
   std::smatch match;
@@ -227,6 +233,13 @@ inline int64_t layer_index(const std::string& path, const std::vector<std::strin
     }
   }
   return -1;
+}
+
+/// True if a path lies in one of these layers; without any, in all.
+inline bool lies_in_layers(const std::string& path, const std::vector<int64_t>& layers,
+                           const std::vector<std::string>& patterns) {
+  return layers.empty() ||
+         std::find(layers.begin(), layers.end(), layer_index(path, patterns)) != layers.end();
 }
 
 /// True if the path or a module above it bears one of the excluded names.

@@ -84,11 +84,10 @@ class BertEmbeddingsImpl : public nn::Cloneable<BertEmbeddingsImpl> {
     const auto positions = in.positions.defined()
                                ? in.positions
                                : torch::arange(first, first + in.values.size(1), ids).unsqueeze(0);
-    auto x = in.values + peft::internal::lookup(token_type_embeddings,
-                                                types.expand({std::max(rows, types.size(0)), -1}),
+    auto x = in.values + peft::internal::lookup(token_type_embeddings, peft::internal::for_rows(types, rows),
                                                 "token_type_ids");
-    x = x + peft::internal::lookup(position_embeddings,
-                                   positions.expand({std::max(rows, positions.size(0)), -1}), "position_ids");
+    x = x + peft::internal::lookup(position_embeddings, peft::internal::for_rows(positions, rows),
+                                   "position_ids");
     in.values = dropout->forward(LayerNorm->forward(x));
     return output->forward(std::move(in));
   }

@@ -97,13 +97,12 @@ class DebertaV2EmbeddingsImpl : public nn::Cloneable<DebertaV2EmbeddingsImpl> {
                         in.virtual_tokens.defined() ? " with its virtual ones" : "");
       const auto positions =
           in.positions.defined() ? in.positions : torch::arange(x.size(1), ids).unsqueeze(0);
-      x = x + peft::internal::lookup(position_embeddings,
-                                     positions.expand({std::max(rows, positions.size(0)), -1}),
+      x = x + peft::internal::lookup(position_embeddings, peft::internal::for_rows(positions, rows),
                                      "position_ids");
     }
     if (token_type_embeddings) {
       const auto types = in.types.defined() ? in.types : torch::zeros({rows, 1}, ids);
-      x = x + peft::internal::lookup(token_type_embeddings, types.expand({std::max(rows, types.size(0)), -1}),
+      x = x + peft::internal::lookup(token_type_embeddings, peft::internal::for_rows(types, rows),
                                      "token_type_ids");
     }
     if (embed_proj) x = embed_proj->forward(x);

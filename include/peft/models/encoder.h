@@ -9,6 +9,7 @@
 #include "peft/core/problems.h"
 #include "peft/io/config_json.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -103,6 +104,11 @@ inline Tensor attention_bias(const Tensor& mask, torch::ScalarType dtype) {
     least = std::numeric_limits<float>::lowest();
   }
   return hidden.to(dtype).mul_(least).view({mask.size(0), 1, 1, mask.size(1)});
+}
+
+/// A row of ids for each of so many, if there is but one for all.
+inline Tensor for_rows(const Tensor& ids, int64_t rows) {
+  return ids.expand({std::max(rows, ids.size(0)), -1});
 }
 
 /// Looks indices up; where that fails, says which of them are out of range.

@@ -152,10 +152,11 @@ class GPT2ModelImpl : public nn::Cloneable<GPT2ModelImpl>, public Pretrained {
       in.positions = torch::arange(offset, offset + time, ids).unsqueeze(0);
     }
     const auto rows = input->by_rows() ? in.values.size(0) : 1;
-    const auto each = [rows](const Tensor& ids) { return ids.expand({std::max(rows, ids.size(0)), -1}); };
-    in.values = in.values + peft::internal::lookup(wpe, each(in.positions), "position_ids");
+    in.values =
+        in.values + peft::internal::lookup(wpe, peft::internal::for_rows(in.positions, rows), "position_ids");
     if (in.types.defined()) {
-      in.values = in.values + peft::internal::lookup(wte, each(in.types), "token_type_ids");
+      in.values =
+          in.values + peft::internal::lookup(wte, peft::internal::for_rows(in.types, rows), "token_type_ids");
     }
     in.values = drop->forward(in.values);
     in = output->forward(std::move(in));

@@ -109,7 +109,7 @@ class HubLoraFormat final : public HubLoraKeys {
     json["r"] = rank_of(first);
     json["alpha"] = plain_number(first.scaling() * static_cast<double>(rank_of(first)));
     if (first.options.gating() && first.scale() != 1.0) {
-      notes.emplace_back("the adapter's scale is not written: loaded, it is 1 again");
+      notes.emplace_back(scale_note);
     }
     if (first.lora_A_0.defined()) {
       notes.emplace_back("what the start took out of the base is written as further ranks of the LoRA");

@@ -65,7 +65,7 @@ class AdaLoraFormat final : public PeftFormat {
                      "', for one config holds both (hint: make them two adapters)");
       }
       if (adalora(entry).scale() != 1.0) {
-        notes.emplace_back("the adapter's scale is not written: loaded, it is 1 again");
+        notes.emplace_back(scale_note);
         break;
       }
     }

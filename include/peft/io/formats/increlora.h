@@ -62,7 +62,7 @@ class IncreLoraFormat final : public PeftFormat {
     json["alpha_pattern"] = pattern_json({}, alphas.front().second, alphas);
     notes.emplace_back(
         "IncreLoRA is written as a plain LoRA, which does not grow on (hint: save_checkpoint)");
-    if (scaled) notes.emplace_back("the adapter's scale is not written: loaded, it is 1 again");
+    if (scaled) notes.emplace_back(scale_note);
     if (!positions) {
       notes.emplace_back(
           "a plain LoRA also adapts relative positions, which this adapter leaves to the base: in a model "

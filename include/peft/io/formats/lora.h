@@ -350,7 +350,7 @@ class LoraFormat final : public PeftFormat {
                       nlohmann::json(dropout).dump() + ", is written");
     }
     if (any([](const LoraImpl& lora) { return lora.scale() != 1.0; })) {
-      notes.emplace_back("the adapter's scale is not written: loaded, it is 1 again");
+      notes.emplace_back(scale_note);
     }
     if (any([](const LoraImpl& lora) { return !lora.lora_A_0.defined() && multiple(lora) > 1; })) {
       notes.emplace_back(

@@ -47,7 +47,7 @@ void write_rank_and_alpha(const Entries& entries, nlohmann::json& json, std::vec
   json["alpha"] = plain_number(options.alpha());
   json["rank_pattern"] = pattern_json(options.rank_pattern(), options.rank(), ranks);
   json["alpha_pattern"] = pattern_json(options.alpha_pattern(), options.alpha(), alphas);
-  if (scaled) notes.emplace_back("the adapter's scale is not written: loaded, it is 1 again");
+  if (scaled) notes.emplace_back(scale_note);
 }
 
 /// Reads what `write_rank_and_alpha` writes, and the two rates of dropout.
