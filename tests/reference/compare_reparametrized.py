@@ -17,6 +17,7 @@ of the largest value; 77 where Python's libraries are missing.
 """
 
 import argparse
+import copy
 import json
 import os
 import pathlib
@@ -72,13 +73,14 @@ def cases():
 
 
 def difference(ours, theirs):
-    if ours.shape != theirs.shape:
+    """Relative to theirs' largest value; infinity for other shapes and for NaN, which max() may drop."""
+    if ours.shape != theirs.shape or ours.isnan().any() or theirs.isnan().any():
         return float("inf")
     return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30)).item()
 
 
 def make(folder, kind, config):
-    """A base in the folder, an adapter of random values on it, and Python's outputs."""
+    """A base in the folder and an adapter of random values on it: one that is fresh, and Python's outputs."""
     if kind == "encoder":
         heads = random.choice([1, 2, 3])
         sizes = dict(width=heads * random.choice([4, 6]), heads=heads, hidden=random.randint(3, 12), layers=random.randint(1, 3))
@@ -91,7 +93,8 @@ def make(folder, kind, config):
         for parameter in base.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     save_file(base.state_dict(), folder / "base.safetensors")
-    model = peft.get_peft_model(base, config)
+    plain = copy.deepcopy(base)
+    model = peft.get_peft_model(base, copy.deepcopy(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -110,10 +113,10 @@ def make(folder, kind, config):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return model, x, expected, losses
+    return peft.get_peft_model(plain, copy.deepcopy(config)), x, expected, losses
 
 
-def compare(folder, model, x, expected, losses):
+def compare(folder, fresh, x, expected, losses):
     ours = load_file(folder / "outputs.safetensors")
     first, again = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     row = {"read": difference(ours["adapted"], expected["adapted"]),
@@ -121,8 +124,10 @@ def compare(folder, model, x, expected, losses):
            "again": max(difference(again[key], first[key]) for key in first) if again.keys() == first.keys() else float("inf")}
     if losses:
         row["train"] = difference(ours["losses"], torch.tensor(losses))
-    result = peft.set_peft_model_state_dict(model, load_file(folder / "trained" / "adapter_model.safetensors"))
-    row["back"] = float("inf") if result.unexpected_keys else difference(model(x).detach(), ours["trained"])
+    trained = load_file(folder / "trained" / "adapter_model.safetensors")
+    unexpected = peft.set_peft_model_state_dict(fresh, trained).unexpected_keys
+    whole = trained.keys() == first.keys() and not unexpected
+    row["back"] = difference(fresh(x).detach(), ours["trained"]) if whole else float("inf")
     return row
 
 
