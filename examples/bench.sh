@@ -40,7 +40,7 @@ elif [ -z "${PEFT_REFERENCE_PYTHON:-}" ] && [[ " ${arguments[*]} " != *" --no-py
   if [ ! -e "$mark" ]; then
     peft_say "installing for Python: ${packages[*]}"
     # The torch that is there is named too, so that no package brings another.
-    peft_pip "$peft_python" install "torch==$("$peft_python" -c 'import torch; print(torch.__version__)')" "${packages[@]}" ||
+    peft_pip "$peft_python" install "torch==$("$peft_python" -c 'from importlib.metadata import version; print(version("torch"))')" "${packages[@]}" ||
       peft_fail "pip could not install ${packages[*]}" "${peft_pip_error:-pip printed no error}" \
         "(hint: --no-python measures without)"
     touch "$mark"

@@ -64,7 +64,7 @@ std::vector<Entry> entries() {
       {"bitfit", 1e-2, {on(peft::BiasOptions(), all())}},
       {"prefix", 2e-2, {on(peft::PrefixOptions(16))}},
       {"prompt", 3e-2, {on(peft::PromptOptions(16).init(peft::PromptInit::vocabulary), all())}},
-      {"mam", 5e-3, peft::parts({peft::unified::prefix(8), peft::unified::parallel_adapter(16)})},
+      {"mam", 5e-3, peft::mam(8)},
       {"heads", 2e-2, {on(Unified(8).form("gelu").modifies(Modifies::heads)), on(Unified(16).form("gelu"))}},
   };
 }
