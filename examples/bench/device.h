@@ -105,7 +105,7 @@ class CountingAllocator final : public c10::Allocator {
 inline double status_bytes(const std::string& key) {
   std::ifstream file("/proc/self/status");
   for (std::string line; std::getline(file, line);) {
-    if (line.rfind(key + ":", 0) == 0) return 1024 * std::stod(line.substr(key.size() + 1));
+    if (line.starts_with(key + ":")) return 1024 * std::stod(line.substr(key.size() + 1));
   }
   return -1;
 }

@@ -205,9 +205,9 @@ inline void measure_layers(Session& session, Row& row, const LayerCase& shape, c
     PlainLayer layer{bases[name + ".weight"], bases[name + ".bias"], {}, method.scaling, method.dropout};
     for (const auto& [key, tensor] : adapter.named_tensors()) {
       const auto prefix = name + ".";
-      if (key.rfind(prefix, 0) != 0) continue;
+      if (!key.starts_with(prefix)) continue;
       auto last = key.substr(key.find('.', prefix.size()) + 1);
-      if (last.rfind("lora.", 0) == 0) last = last.substr(5);  // DoRA's factors lie in a LoRA of its own
+      if (last.starts_with("lora.")) last = last.substr(5);  // DoRA's factors lie in a LoRA of its own
       layer.tensors[last] = tensor.detach().clone().set_requires_grad(tensor.requires_grad());
       if (tensor.requires_grad()) twins.push_back(layer.tensors[last]);
     }
@@ -314,7 +314,7 @@ inline void add_layer_rows(Plans& plans, bool tiny) {
   for (const auto& method :
        {LayerMethod::adalora(), LayerMethod::increlora(), LayerMethod::dora(), LayerMethod::ia3(),
         LayerMethod::bottleneck(), LayerMethod::lora(4), LayerMethod::lora(16), LayerMethod::lora(64)}) {
-    const bool is_lora = method.name.rfind("lora", 0) == 0;
+    const bool is_lora = method.name.starts_with("lora");
     add("", one(128, 768, 768), method, !is_lora);
     add("", one(1024, 768, 768), method);
     add("", one(1024, 384, 384), method);

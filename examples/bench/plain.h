@@ -50,7 +50,7 @@ struct PlainLayer {
     const auto chunks = [this](const std::string& prefix, int64_t along) {
       std::vector<Tensor> found;
       for (const auto& [name, tensor] : tensors) {
-        if (name.rfind(prefix, 0) == 0) found.push_back(tensor);
+        if (name.starts_with(prefix)) found.push_back(tensor);
       }
       return torch::cat(found, along);
     };

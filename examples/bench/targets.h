@@ -133,7 +133,7 @@ inline std::vector<TargetRow> targets(const std::vector<Row>& rows, bool bf16, b
       std::vector<double> each;
       for (const auto& row : rows) {
         const auto* measured = row.find(variant);
-        if (row.set != "C3" || row.name.rfind("adamw, ", 0) != 0 || !row.name.ends_with("r8") || !measured)
+        if (row.set != "C3" || !row.name.starts_with("adamw, ") || !row.name.ends_with("r8") || !measured)
           continue;
         each.push_back(time_of(*measured) / row.facts.at("trainable"));
       }

@@ -358,7 +358,7 @@ class Task {
   void open_encoder(std::optional<bool> pooler) {
     auto options = options_.pretrained();
     if (pooler) options.pooler(*pooler);
-    // The pooler a mean does not need is left out without a word.
+    // The pooler a mean does not need is left out silently.
     options.note([](const std::string&) {});
     encoder_ = peft::models::BertModel::from_pretrained(options_.folder, options);
   }

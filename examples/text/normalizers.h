@@ -156,9 +156,7 @@ class Normalizer {
   /// that the text began with. Only right where `keeps_start`.
   std::u32string operator()(std::u32string text, bool& from_start) const {
     for (const NormalizerPart& part : parts_) {
-      if (const auto* form = std::get_if<UnicodeForm>(&part)) {
-        text = unicode_form(std::move(text), *form);
-      } else if (const auto* replace = std::get_if<Replace>(&part)) {
+      if (const auto* replace = std::get_if<Replace>(&part)) {
         text = (*replace)(text, from_start);
       } else {
         const char32_t first = text.empty() ? U'\0' : text.front();

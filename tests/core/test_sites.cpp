@@ -364,14 +364,16 @@ TEST_CASE("Each row of a batch can use its own adapter", "[rows]") {
   CHECK_THROWS_WITH(model->forward(x.narrow(0, 0, 4)), Contains("expected 5 rows, one a name, but got 4"));
   {
     const peft::RowAdapters unknown({"french", "german", "germn", "french", "french"});
-    CHECK_THROWS_WITH(model->forward(x), Contains("no adapter 'germn' in this model; it has 'german'"));
+    CHECK_THROWS_WITH(model->forward(x),
+                      Contains("RowAdapters: the model has no adapter 'germn'; it has 'german'"));
   }
   CHECK_THROWS_WITH(peft::RowAdapters(Names{}), Contains("expected one adapter name a row"));
   {
     peft::Linear bare(4, 4);  // names are checked where no adapter is, too
     bare->eval();
     const peft::RowAdapters unknown({"german", "german"});
-    CHECK_THROWS_WITH(bare->forward(torch::ones({2, 4})), Contains("no adapter 'german' in this model"));
+    CHECK_THROWS_WITH(bare->forward(torch::ones({2, 4})),
+                      Contains("the model has no adapter 'german'; it has none"));
   }
   {
     const auto off = peft::disabled(*model);

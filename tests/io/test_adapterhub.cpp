@@ -764,6 +764,12 @@ TEST_CASE("AdapterHub's directories give back a fusion", "[adapterhub]") {
   CHECK(json["adapter_names"] == Json{"one", "two"});
   CHECK(json["name"] == "one,two");
 
+  peft::rename(*model, "one", "uno");
+  peft::save_adapterhub_fusion(*model, "one,two", folder / "renamed");
+  CHECK(Json::parse(read_bytes(folder / "renamed" / "adapter_fusion_config.json"))["adapter_names"] ==
+        Json{"uno", "two"});
+  peft::rename(*model, "uno", "one");
+
   auto read = filled_classifier();
   const auto load_fusion = [&](const Strings& adapters, bool trainable = false) {
     return peft::load_adapterhub_fusion(*read, folder / "fusion", adapters, "mix", trainable);

@@ -649,6 +649,14 @@ TEST_CASE("Biases of plain layers are asked for only where the file has them", "
                     Contains("'bias' \"all\" means 'bn', which is a plain torch::nn::BatchNorm2dImpl"));
 }
 
+TEST_CASE("An empty layers_pattern is none", "[peft_directory]") {
+  const TemporaryFolder folder;
+  auto model = toy(), other = toy();
+  peft::save_adapter(peft::add_adapter(*model, peft::LoraOptions(2), q_emb_conv), folder / "out");
+  change_config(folder / "out", [](auto& json) { json["layers_pattern"] = ""; });
+  CHECK(refusal_of(other, folder / "out") == "nothing");
+}
+
 TEST_CASE("A pattern that matches no layer is refused, and noted where a file has it", "[peft_directory]") {
   const TemporaryFolder folder;
   auto model = toy(), other = toy();

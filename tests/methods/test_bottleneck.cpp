@@ -55,7 +55,9 @@ Promise bottleneck(const BottleneckOptions& options, peft::Target target = peft:
             if (options.gating()) count += d + 1;
             return count + (options.ln_before() ? 2 * d : 0) + (options.ln_after() ? 2 * d : 0);
           },
-          options.init_weights() == BottleneckInit::mam_adapter && !options.ln_after()};
+          options.init_weights() == BottleneckInit::mam_adapter && !options.ln_after(),
+          /*whole_gradient=*/true,
+          suite::never};
 }
 
 BottleneckOptions smooth() { return BottleneckOptions().reduction_factor(2).non_linearity("gelu_new"); }

@@ -18,7 +18,9 @@ Promise compacter(const PhmOptions& phm) {
             const auto rules = !phm.learn_rule() ? 0 : phm.shared_rule() ? rule : 2 * rule;
             return 2 * one + rules + (phm.bias() ? d + m : 0);
           },
-          false};
+          /*no_op_at_start=*/false,
+          /*whole_gradient=*/true,
+          suite::never};
 }
 
 const peft::BottleneckImpl& block(const peft::Adapter& adapter, size_t index) {

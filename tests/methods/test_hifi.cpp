@@ -283,3 +283,18 @@ TEST_CASE("HiFi's rows go through files of this library's own", "[hifi]") {
   refused({{3, 0}}, "ascending runs");
   refused({{9, 6}}, "'first.key': adapter_config.json: 'rows' must be below its 12 outputs, but got 14");
 }
+
+TEST_CASE("Rows that an archive brought are those that a file names", "[rows]") {
+  const auto make = [](std::vector<int64_t> rows) {
+    nn::Sequential net(peft::Linear(4, 6));
+    shake(peft::add_adapter(*net, RowsOptions().rows(std::move(rows)), peft::all()));
+    return net;
+  };
+  auto net = make({2, 3, 5}), other = make({0, 1, 2});
+  through_archive(*other, *net);
+  const auto x = torch::randn({3, 4});
+  CHECK(torch::equal(net->forward(x), other->forward(x)));
+  nn::Sequential read(peft::Linear(4, 6));
+  const auto config = through_files(peft::adapter(*net, "default"), *read);
+  CHECK(config["rows"]["0"] == nlohmann::json::parse("[[0, 3]]"));
+}

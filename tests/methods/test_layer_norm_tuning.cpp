@@ -81,6 +81,21 @@ TEST_CASE("LayerNorm tuning goes to the norms of a model, each kind of them, and
   CHECK(adapter.count() == 16);
 }
 
+TEST_CASE("LayerNorm tuning of a half-precision norm is in float32, as in Hugging Face's", "[ln_tuning]") {
+  const auto type = GENERATE(torch::kBFloat16, torch::kFloat16);
+  peft::LayerNorm norm(nn::LayerNormOptions({4}));
+  norm->to(type);
+  const auto adapter = peft::add_adapter(*norm, LayerNormTuningOptions(), peft::all());
+  const auto piece = adapter.layers<LayerNormTuningImpl>().at(0);
+  CHECK(piece->weight.scalar_type() == torch::kFloat32);
+  assign(piece->weight, torch::full({4}, 1.003));
+  const auto x = torch::randn({3, 4}).to(type);
+  const auto exact = torch::layer_norm(x.to(torch::kFloat32), {4}, piece->weight, piece->bias, 1e-5);
+  CHECK(norm->forward(x).equal(exact.to(type)));
+  peft::merge(*norm);
+  CHECK(norm->base->weight.equal(piece->weight.to(type)));
+}
+
 TEST_CASE("A norm takes either LayerNorm tuning or another copy of its own, not both", "[ln_tuning]") {
   peft::LayerNorm norm(nn::LayerNormOptions({4}));
   CHECK_THROWS_WITH(peft::add_adapter(*norm, {peft::on(LayerNormTuningOptions(), peft::all()),

@@ -15,7 +15,11 @@ Promise lora(const LoraOptions& options) {
                 options.rank() * product(site.fan_in) + options.rank() / site.groups * site.fan_out;
             return count + (options.lora_bias() ? site.fan_out : 0);
           },
-          options.init() != LoraInit::random};
+          options.init() != LoraInit::random,
+          /*whole_gradient=*/true,
+          [options](const peft::SiteInfo& site) {
+            return site.groups == 1 && (!options.lora_bias() || site.has_bias());
+          }};
 }
 
 template <class Site>

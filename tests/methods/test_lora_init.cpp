@@ -321,6 +321,16 @@ TEST_CASE("EVA finds Hugging Face's directions, ranks and alphas", "[lora][init]
     net->forward(batches[0]).sum().backward();
     for (const auto& tensor : adapter.parameters()) CHECK(tensor.grad().defined());
   }
+  SECTION("a model that has moved to another type meanwhile") {
+    auto adapter = add(3);
+    net->to(torch::kFloat64);
+    peft::initialize_eva(*net, adapter, [&](Tensor&) {
+      net->forward(batches[used++ % batches.size()].to(torch::kFloat64));
+      return true;
+    });
+    CHECK(adapter.layers<peft::LoraImpl>().at(2)->rank == 5);
+    for (const auto& tensor : adapter.parameters()) CHECK(tensor.scalar_type() == torch::kFloat64);
+  }
   SECTION("rank 1") {
     auto adapter = add(1);
     peft::initialize_eva(*net, adapter, next);

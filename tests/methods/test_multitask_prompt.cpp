@@ -28,7 +28,9 @@ TEST_CASE("Multitask prompts keep the promises of a method", "[multitask_prompt]
   check_properties(one_task,
                    {{peft::on(options, peft::all())},
                     [](const peft::SiteInfo& site) { return 2 * site.width + 2 * (2 + site.width); },
-                    /*no_op_at_start=*/false});
+                    /*no_op_at_start=*/false,
+                    /*whole_gradient=*/true,
+                    suite::never});
 }
 
 TEST_CASE("Multitask prompts equal Hugging Face's numbers", "[multitask_prompt]") {

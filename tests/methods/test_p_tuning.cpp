@@ -18,7 +18,9 @@ PTuningOptions lstm(int64_t hidden) {
 Promise p_tuning(const PTuningOptions& options, int64_t count) {
   return {{peft::on(options, peft::all())},
           [count](const peft::SiteInfo&) { return count; },
-          /*no_op_at_start=*/false};
+          /*no_op_at_start=*/false,
+          /*whole_gradient=*/true,
+          suite::never};
 }
 
 Tensor vectors(const peft::Adapter& adapter) { return adapter.layers<peft::PTuningImpl>().at(0)->vectors(); }

@@ -105,7 +105,9 @@ int64_t count(const PrefixOptions& options, const AttentionOptions& shape) {
 Promise prefix(const PrefixOptions& options) {
   return {{peft::on(options)},
           [options](const peft::SiteInfo& site) { return count(options, *site.attention); },
-          /*no_op_at_start=*/false};
+          /*no_op_at_start=*/false,
+          /*whole_gradient=*/true,
+          suite::never};
 }
 
 /// Names of the operators that a call runs.
@@ -420,6 +422,27 @@ TEST_CASE("P-tuning v2 drops out the whole prefix, for each text on its own", "[
   CHECK_FALSE(torch::equal(all.select(1, 0), all.select(1, 1)));
   CHECK(torch::equal(torch::stack(table.keys_and_values(2, torch::kFloat32)), all));  // once a forward
   CHECK(table.keys_and_values(1, torch::kFloat32)[0].size(0) == 1);
+}
+
+TEST_CASE("Positions and types after a prefix are as in Hugging Face's", "[prefix]") {
+  const auto positions = [](const peft::InputOptions& options, Tensor given) {
+    peft::SiteInfo site;
+    site.input = options;
+    peft::Embedded in;
+    in.values = torch::zeros({2, 3, 4});
+    in.positions = std::move(given);
+    in.types = torch::ones({2, 3}, torch::kLong);
+    return peft::PrefixPositionsImpl(peft::PrefixPositionsOptions(5), site).embed(std::move(in));
+  };
+  const auto given = torch::tensor({{2, 3, 1}});
+  const auto roberta = peft::InputOptions(4).padding_position(1);
+  const auto bert = peft::InputOptions(4);
+  CHECK(positions(bert, {}).positions.equal(torch::tensor({{5, 6, 7}})));
+  CHECK(positions(bert, given).positions.equal(torch::tensor({{7, 8, 6}})));
+  CHECK(positions(roberta, {}).positions.equal(torch::tensor({{2, 3, 4}})));  // of vectors, not tokens
+  CHECK(positions(roberta, given).positions.equal(torch::tensor({{7, 8, 1}})));
+  CHECK(!positions(bert, {}).types.defined());
+  CHECK(positions(peft::InputOptions(4).keeps_types(true), {}).types.defined());
 }
 
 TEST_CASE("A prefix may start from what the model makes of real tokens", "[prefix]") {

@@ -15,7 +15,9 @@ namespace {
 Promise prompt(const PromptOptions& options) {
   return {{peft::on(options, peft::all())},
           [options](const peft::SiteInfo& site) { return options.num_virtual_tokens() * site.width; },
-          /*no_op_at_start=*/false};
+          /*no_op_at_start=*/false,
+          /*whole_gradient=*/true,
+          suite::never};
 }
 
 PromptOptions hub(bool after_first) {

@@ -25,7 +25,10 @@ TEST_CASE("Bias keeps the promises of a method on every layer with a bias", "[bi
 
 TEST_CASE("New biases keep the promises of a method on layers without a bias", "[new_bias]") {
   const Promise promise{{peft::on(peft::NewBiasOptions(), peft::all())},
-                        [](const peft::SiteInfo& site) { return site.fan_out; }};
+                        [](const peft::SiteInfo& site) { return site.fan_out; },
+                        /*no_op_at_start=*/true,
+                        /*whole_gradient=*/true,
+                        suite::never};
   for (const auto& layer_case : layer_cases()) {
     if (layer_case.name.find("without bias") != std::string::npos) {
       check_properties(layer_case, promise);

@@ -376,6 +376,17 @@ TEST_CASE("starts taken out of the base, blocks and own biases are part of the s
   CHECK(largest(bias("biased"), 0.5 * bias("c") + 2 * bias("d")) < 1e-12);
 }
 
+TEST_CASE("A layer whose LoRAs have no bias gets one of zero, or none where it takes none", "[combine]") {
+  auto net = make_net();
+  const auto a = shaken(*net, LoraOptions(2).lora_bias(true), {"value"}, "a");
+  const auto b = shaken(*net, LoraOptions(2), {"query", "embed"}, "b");
+  const auto type = GENERATE(CombineType::cat, CombineType::svd, CombineType::linear, CombineType::dare_ties);
+  const auto both = peft::combine(*net, {{"a", 0.5}, {"b", 2}}, CombineOptions(type).density(1), "both");
+  CHECK(largest(net->value->delta("both").bias, 0.5 * net->value->delta("a").bias) < 1e-12);
+  CHECK(piece<peft::LoraImpl>(both, "query")->lora_B_bias.equal(torch::zeros({8}, torch::kFloat64)));
+  CHECK(!piece<peft::LoraImpl>(both, "embed")->lora_B_bias.defined());
+}
+
 TEST_CASE("one adapter is scaled, whatever the type", "[combine]") {
   auto net = make_net();
   const auto a = shaken(*net, LoraOptions(2).alpha(3), {"query"}, "a");

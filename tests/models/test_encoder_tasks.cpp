@@ -3,6 +3,7 @@
 #include "peft/io/peft_directory.h"
 #include "peft/methods/lora.h"
 #include "peft/methods/prompt.h"
+#include "peft/methods/trainable_tokens.h"
 #include "peft/model/add_adapter.h"
 #include "peft/model/merge.h"
 #include "peft/models/load.h"
@@ -160,6 +161,22 @@ TEST_CASE("The output layer is the word vectors until an adapter is merged on it
   auto merged = BertForMaskedLM::from_pretrained(folder / "merged");
   CHECK_FALSE(merged->is_tied());
   CHECK(difference(merged->forward(batch()).logits, expected) < 1e-5);
+}
+
+TEST_CASE("Trained tokens leave the output layer's bias out until they are merged, as in Python", "[task]") {
+  const torch::NoGradGuard no_grad;
+  auto model = filled_by_name<BertForMaskedLM>(tiny());
+  const auto bias = model->decoder()->base->bias;
+  REQUIRE(bias.abs().max().item<float>() > 0.01);
+  const auto logits = [&] { return model->forward(batch()).logits; };
+  const auto plain = logits();
+  const auto adapter =
+      peft::add_adapter(*model, peft::TrainableTokensOptions({2, 4}), peft::named({"word_embeddings"}));
+  CHECK(difference(logits(), plain - bias) < 1e-5);
+  for (auto& tensor : adapter.parameters()) tensor.add_(0.1);
+  const auto adapted = logits();
+  peft::merge(*model);
+  CHECK(difference(logits(), adapted + bias) < 1e-5);
 }
 
 TEST_CASE("Words that train get the output layer's gradient too", "[task]") {

@@ -102,6 +102,9 @@ struct ActiveSet {
   bool knows(const std::string& name) const {
     return std::find(known.begin(), known.end(), name) != known.end();
   }
+  bool is_active(const std::string& name) const {
+    return std::find(active.begin(), active.end(), name) != active.end();
+  }
 };
 
 /// The active set of one model, shared by its sites. Readers copy a pointer under a small mutex.

@@ -1,7 +1,6 @@
 // Adapted: a frozen layer that carries adapters; a drop-in for the layer where it carries none.
 #pragma once
 
-#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>

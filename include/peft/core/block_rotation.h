@@ -1,10 +1,8 @@
 // Block rotation: what methods that turn a layer's inputs by block-diagonal orthogonal matrices share.
 #pragma once
 
-#include <algorithm>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "peft/core/site_traits.h"
 #include "peft/kernels/cuda_graph.h"

@@ -12,7 +12,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -131,13 +130,8 @@ class CheckpointNode final : public torch::autograd::Node {
 
   /// Hands the outputs of a run their history.
   void adopt(const Tensors& originals, const Checkpointed::Run& run) {
-    torch::autograd::edge_list edges;
-    for (const auto& input : originals) {
-      inputs_.push_back(input.defined() ? torch::autograd::SavedVariable(input, false)
-                                        : torch::autograd::SavedVariable());
-      edges.push_back(input.defined() ? torch::autograd::impl::gradient_edge(input)
-                                      : torch::autograd::Edge());
-    }
+    for (const auto& input : originals) inputs_.emplace_back(input, /*is_output=*/false);
+    auto edges = torch::autograd::collect_next_edges(originals);
     for (const auto& leaf : run.leaves) {
       TORCH_CHECK(torch::autograd::impl::hooks(leaf).empty(), "checkpoint: a trainable tensor of shape ",
                   shape_text(leaf.sizes()), " has a hook, which would change its gradient twice");

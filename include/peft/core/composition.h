@@ -43,7 +43,6 @@ struct Composition {
   std::vector<double> weights;   ///< of each child of an Average
 
   bool is_adapter() const { return block == Block::adapter; }
-  bool empty() const { return !is_adapter() && children.empty(); }
 
   /// The adapters, each once, in the order they are named; a fusion after those it fuses.
   std::vector<std::string> names() const {

@@ -26,10 +26,10 @@ struct StepContext {
 };
 
 /// The state of a method across its sites (ranks, importances) and its part in a training step. `peft::AdamW`
-/// calls, in this order: `add_penalty_gradients`, the clipping, `grow`, the update, `after_update`, `mark` of
-/// the pieces.
-/// Around a foreign optimizer, `Adapter::before_step` and `Adapter::after_step` do. A method that has one
-/// offers the free function `make_controller(options, pieces)`.
+/// and `Adafactor` call, in this order: `add_penalty_gradients`, the clipping, `grow`, the update,
+/// `after_update`, `mark` of the pieces. Around a foreign optimizer, `Adapter::before_step` and
+/// `Adapter::after_step` do. A method that has one offers the free function `make_controller(options,
+/// pieces)`.
 class Controller {
  public:
   Controller() = default;
@@ -68,6 +68,29 @@ class Controller {
 
   /// The same state for the copies of its pieces, in the same order.
   virtual std::shared_ptr<Controller> copy(const std::vector<std::shared_ptr<PieceImpl>>& pieces) const = 0;
+};
+
+/// A controller of pieces of one type.
+template <class PieceType>
+class ControllerOf : public Controller {
+ public:
+  using Pieces = std::vector<std::shared_ptr<PieceType>>;
+  explicit ControllerOf(Pieces pieces) : pieces_(std::move(pieces)) {}
+
+  /// Pieces of any type as what they are.
+  static Pieces own(const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
+    Pieces found;
+    for (const auto& piece : pieces) found.push_back(std::dynamic_pointer_cast<PieceType>(piece));
+    return found;
+  }
+  std::vector<const PieceImpl*> pieces() const override {
+    std::vector<const PieceImpl*> found;
+    for (const auto& piece : pieces_) found.push_back(piece.get());
+    return found;
+  }
+
+ protected:
+  Pieces pieces_;
 };
 
 /// Notices parameters that were changed between two forwards in training by something else than the

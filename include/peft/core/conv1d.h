@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ostream>
-#include <string>
 
 #include "peft/core/adapted.h"
 #include "peft/core/site_traits.h"

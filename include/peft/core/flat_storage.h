@@ -69,8 +69,6 @@ class FlatStorage {
   }
 
   const std::vector<Segment>& segments() const { return segments_; }
-  const std::vector<Tensor>& tensors() const { return tensors_; }
-  const Place& place(size_t index) const { return places_[index]; }
   /// A tensor's part of a column, in its shape.
   Tensor column(size_t which, size_t index) const { return view(segment_of(index).columns[which], index); }
 

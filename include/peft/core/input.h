@@ -1,7 +1,6 @@
 // InputEmbeddings and EmbeddingOutput: the sites where virtual tokens and hidden states enter a model.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -103,10 +102,7 @@ class PromptPieceImpl : public InputPieceImpl {
   }
 
   /// float32 as in the reference, whatever the base's half type; float64 in a model of that.
-  void place() override {
-    to(site().device);
-    if (site().dtype == torch::kFloat64) to(torch::kFloat64);
-  }
+  void place() override { internal::place_in_float32(*this, site()); }
 };
 
 namespace internal {

@@ -74,10 +74,7 @@ class PieceImpl : public nn::Module {
   /// Moves the piece to its site's device and floating type. Half types are widened to float32 after
   /// rounding, as Hugging Face's `autocast_adapter_dtype` does: values rounded to the base's type, kept in
   /// float32.
-  virtual void place() {
-    to(site_.device, site_.dtype);
-    if (site_.dtype == torch::kFloat16 || site_.dtype == torch::kBFloat16) to(torch::kFloat32);
-  }
+  virtual void place() { internal::place_like(*this, site_); }
 
   /// False for a piece that an adapter has for use in a block of a composition only (`Fuse`).
   virtual bool stands_alone() const { return true; }
@@ -99,6 +96,9 @@ class PieceImpl : public nn::Module {
 
   /// Why this piece and another adapter's on the same site cannot be active together, or an empty string.
   virtual std::string conflict(const PieceImpl&) const { return {}; }
+
+  /// Tells a piece that an adapter of the model has another name now.
+  virtual void follow_rename(const std::string& /*from*/, const std::string& /*to*/) {}
 
   /// True for a piece that trains only together with a controller.
   virtual bool needs_controller() const { return false; }

@@ -24,6 +24,7 @@ namespace peft::internal {
 class Problems {
  public:
   void add(std::string line) { lines_.push_back(std::move(line)); }
+  void add(const Problems& more) { lines_.insert(lines_.end(), more.lines_.begin(), more.lines_.end()); }
   bool empty() const { return lines_.empty(); }
   const std::vector<std::string>& lines() const { return lines_; }
   size_t size() const { return lines_.size(); }
@@ -71,6 +72,12 @@ inline std::string closest(std::string_view word, std::vector<std::string> candi
     text += (i ? ", '" : "'") + candidates[i] + "'";
   }
   return text;
+}
+
+/// That a model's adapters, `known`, do not have one of this name.
+inline std::string no_adapter_text(const std::string& name, const std::vector<std::string>& known) {
+  return "the model has no adapter '" + name + "'; it has " +
+         (known.empty() ? "none" : closest(name, known, 20));
 }
 
 /// "(8, 64)" for a shape.

@@ -20,10 +20,8 @@ namespace peft {
 class JoinNorm {
  public:
   virtual ~JoinNorm() = default;
-  /// norm(x), where the model has one at its join.
+  /// norm(x) where the model has one at its join, else x.
   virtual Tensor forward(const Tensor& x) const = 0;
-  /// False in models that norm before a sublayer: `forward` gives x.
-  virtual bool exists() const = 0;
 };
 
 /// A piece on a residual join: `enter`, `run`, and of the last piece `join`. `output`: what the sublayer
@@ -104,6 +102,8 @@ inline std::string join_refusal(const PieceTree& tree) {
 
 /// Runs a tree of pieces on one join. A block that holds blocks enters each by its first adapter before the
 /// block itself does, as AdapterHub has it: an adapter with the model's norm before it sees that norm twice.
+/// In an Average, Split, Parallel or BatchSplit each adapter reads and joins as its own options say, where
+/// AdapterHub enters all by the first one's and joins all by the last one's.
 class Join {
  public:
   Join(const JoinNorm& norm, std::string path, const PieceTree& tree)
@@ -269,7 +269,6 @@ class ResidualImpl : public LayerSite<nn::LayerNorm, ResidualImpl> {
    public:
     Norm(const ResidualImpl& site, PieceTree tree) : site_(site), tree_(std::move(tree)) {}
     Tensor forward(const Tensor& x) const override { return site_.compose(x, tree_); }
-    bool exists() const override { return true; }
 
    private:
     const ResidualImpl& site_;
@@ -330,7 +329,6 @@ class BareResidualImpl : public internal::ActivationSite<BareResidualImpl> {
   class NoNorm final : public JoinNorm {
    public:
     Tensor forward(const Tensor& x) const override { return x; }
-    bool exists() const override { return false; }
   };
 };
 

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 
 #include "peft/core/compat.h"
 #include "peft/core/site_traits.h"
@@ -21,6 +20,18 @@ inline void copy_tensors(const nn::Module& from, nn::Module& to) {
   };
   copy_all(from.named_parameters(), to.named_parameters());
   copy_all(from.named_buffers(), to.named_buffers());
+}
+
+/// Moves a module to its site's device and floating type; half types are widened to float32 after rounding.
+inline void place_like(nn::Module& module, const SiteInfo& site) {
+  module.to(site.device, site.dtype);
+  if (site.dtype == torch::kFloat16 || site.dtype == torch::kBFloat16) module.to(torch::kFloat32);
+}
+
+/// Moves a module of float32 to its site's device, and to float64 in a model of that.
+inline void place_in_float32(nn::Module& module, const SiteInfo& site) {
+  module.to(site.device);
+  if (site.dtype == torch::kFloat64) module.to(torch::kFloat64);
 }
 
 /// How many weights of a module train.
@@ -49,10 +60,7 @@ class SharedImpl : public nn::Module {
   virtual int turn() const { return 0; }
 
   /// Moves it to the device and floating type of the site that registers it, as `PieceImpl::place` does.
-  virtual void place(const SiteInfo& site) {
-    to(site.device, site.dtype);
-    if (site.dtype == torch::kFloat16 || site.dtype == torch::kBFloat16) to(torch::kFloat32);
-  }
+  virtual void place(const SiteInfo& site) { internal::place_like(*this, site); }
 
   /// A copy with its own tensors and the same `requires_grad`, nothing drawn.
   virtual std::shared_ptr<SharedImpl> copy() const = 0;

@@ -382,8 +382,8 @@ class SiteImpl : public nn::Module {
     std::map<std::string, std::vector<int64_t>> members;
     bool touched = false;
     for (size_t i = 0; i < names.size(); ++i) {
-      TORCH_CHECK_VALUE(names[i] == RowAdapters::base || set->knows(names[i]), "RowAdapters: no adapter '",
-                        names[i], "' in this model; it has ", internal::closest(names[i], set->known));
+      TORCH_CHECK_VALUE(names[i] == RowAdapters::base || set->knows(names[i]),
+                        "RowAdapters: ", internal::no_adapter_text(names[i], set->known));
       members[names[i]].push_back(static_cast<int64_t>(i));
       touched = touched || acts(names[i]);
     }

@@ -162,8 +162,8 @@ class WeightSite : public SiteImpl {
       check_not_merged("RowAdapters");
       const auto set = ForwardScope::active(activation());
       for (const auto& name : *rows) {
-        TORCH_CHECK_VALUE(name == RowAdapters::base || set->knows(name), "RowAdapters: no adapter '", name,
-                          "' in this model; it has ", closest(name, set->known));
+        TORCH_CHECK_VALUE(name == RowAdapters::base || set->knows(name),
+                          "RowAdapters: ", no_adapter_text(name, set->known));
         TORCH_CHECK(pieces(name).empty(), "RowAdapters: '", path(),
                     "' runs on one weight for the whole batch, but adapter '", name, "' changes it");
       }

@@ -235,15 +235,11 @@ inline Adapter load_adapterhub(nn::Module& model, const std::filesystem::path& d
     for (const auto& [path, key] : head) paths.push_back(path);
     parts.push_back(on(ReplaceOptions(), finder.at(paths)));
   }
-  Plan plan;
-  try {
-    plan = plan_adapter(model, parts, name, /*extends=*/false);
-  } catch (const c10::Error& error) {
-    add_lines(problems, error);
-    problems.raise(title);
-  }
-  for (const auto& [site, method, part] : plan.shared) part->place(site->info());
-  for (auto& entry : plan.entries) entry.piece->place();
+  Problems unplanned;
+  auto plan = plan_adapter(model, parts, name, /*extends=*/false, unplanned);
+  problems.add(unplanned);
+  if (!unplanned.empty()) problems.raise(title);
+  plan.place();
 
   std::vector<HubTensor> tensors;
   for (const auto& section : document.sections) {

@@ -2,10 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -69,8 +67,7 @@ inline FusionOptions read_fusion(ConfigFields& fields, std::vector<std::string> 
       .value_initialized(fields.boolean("value_initialized", true));
   options.dropout_prob(attention_dropout(places));
   if (fields.has("dropout_prob") && fields.value("dropout_prob") != 0.0) {
-    options.dropout_prob(fields.number(
-        "dropout_prob", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.dropout_prob(fields.rate("dropout_prob"));
   }
   if (!options.query() && !options.key() && !options.value()) {
     fields.refuse("one of 'query', 'key' and 'value' must be true");
@@ -167,9 +164,8 @@ inline Adapter load_adapterhub_fusion(
   }
   const auto known = adapter_names(model);
   for (const auto& member : adapters) {
-    if (std::find(known.begin(), known.end(), member) != known.end()) continue;
-    problems.add("the model has no adapter '" + member + "'; it has " +
-                 (known.empty() ? "none" : closest(member, known, 20)));
+    const bool there = std::find(known.begin(), known.end(), member) != known.end();
+    if (!there) problems.add(no_adapter_text(member, known));
   }
   if (!fields.value("config").is_object()) fields.complain("config", "must be an object");
   if (adapters.empty()) fields.complain("adapter_names", "must name the adapters that are fused");
@@ -188,16 +184,10 @@ inline Adapter load_adapterhub_fusion(
   }
   if (name.empty()) name = own_name;
   record->name = name;
-  Plan plan;
-  try {
-    plan = plan_adapter(
-        model, {on(options, where([joins](const SiteInfo& site) { return joins.count(site.path) > 0; }))},
-        name, /*extends=*/false);
-  } catch (const c10::Error& error) {
-    add_lines(problems, error);
-    problems.raise(title);
-  }
-  for (auto& entry : plan.entries) entry.piece->place();
+  const auto part = on(options, where([joins](const SiteInfo& site) { return joins.count(site.path) > 0; }));
+  auto plan = plan_adapter(model, {part}, name, /*extends=*/false, problems);
+  problems.raise(title);
+  plan.place();
   const HubFile file(
       directory, hub_fusion_tensors, hub_fusion_pickle,
       [&](const std::string& key) { return current_hub_key(key, places); }, problems);

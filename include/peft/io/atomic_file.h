@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -210,7 +209,6 @@ class AtomicFile {
   }
 
   /// The final name.
-  const std::filesystem::path& path() const { return path_; }
 
  private:
   void discard() {

@@ -77,7 +77,6 @@ class ConfigReader {
   explicit ConfigReader(std::filesystem::path path)
       : path_(std::move(path)), json_(internal::read_json_object(path_)) {}
 
-  const std::filesystem::path& path() const { return path_; }
   const nlohmann::ordered_json& json() const { return json_; }
 
   /// True where the key is there and is not null.

@@ -161,16 +161,11 @@ inline Adapter load_loralib(nn::Module& model, const std::filesystem::path& file
     parts.push_back(
         on(BiasOptions(), where([&](const SiteInfo& site) { return read.biases().count(site.path) > 0; })));
   }
-  Plan plan;
-  std::string failure;
-  try {
-    plan = plan_adapter(model, parts, name, /*extends=*/false);
-  } catch (const c10::Error& error) {
-    failure = error.what_without_backtrace();
-  }
+  Problems unplanned;
+  auto plan = plan_adapter(model, parts, name, /*extends=*/false, unplanned);
   for (const auto& [path, why] : refused) problems.add("'" + path + "': " + why);
+  if (problems.empty()) problems.add(unplanned);
   problems.raise(title);
-  TORCH_CHECK_VALUE(failure.empty(), title, ": ", failure);
 
   std::vector<std::string> paths;
   for (const auto& node : plan.nodes) paths.push_back(node.path);
@@ -199,8 +194,8 @@ inline Adapter load_loralib(nn::Module& model, const std::filesystem::path& file
   }
   problems.raise(title);
 
+  plan.place();
   for (const auto& entry : plan.entries) {
-    entry.piece->place();
     if (const auto piece = std::dynamic_pointer_cast<LoraImpl>(entry.piece)) {
       piece->lora_A.copy_(read.factors().at(entry.site->path()).A);
       piece->lora_B.copy_(read.factors().at(entry.site->path()).B);

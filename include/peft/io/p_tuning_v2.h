@@ -2,7 +2,6 @@
 #pragma once
 
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -68,7 +67,8 @@ inline Adapter load_p_tuning_v2(nn::Module& model, const std::filesystem::path& 
     }
   }
   problems.raise(title);
-  auto plan = plan_adapter(model, parts, name, /*extends=*/false);
+  auto plan = plan_adapter(model, parts, name, /*extends=*/false, problems);
+  problems.raise(title);
   std::vector<std::pair<std::string, Tensor>> wanted;
   const auto& table = *static_cast<const PrefixTables&>(*plan.shared.front().part).all().front();
   wanted.emplace_back(encoder + "embedding.weight", table.embedding);
@@ -78,9 +78,8 @@ inline Adapter load_p_tuning_v2(nn::Module& model, const std::filesystem::path& 
     wanted.emplace_back(encoder + "trans.2.weight", table.second);
     wanted.emplace_back(encoder + "trans.2.bias", table.second_bias);
   }
-  for (const auto& [site, method, part] : plan.shared) part->place(site->info());
+  plan.place();
   for (const auto& entry : plan.entries) {
-    entry.piece->place();
     const auto head = std::dynamic_pointer_cast<ReplaceImpl>(entry.piece);
     if (!head) continue;
     wanted.emplace_back(entry.site->path() + ".weight", head->weight);

@@ -8,7 +8,6 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "peft/core/problems.h"
@@ -145,6 +144,7 @@ class PeftConfigReader {
     }
     if (has("layers_pattern")) {
       for (const auto& pattern : fields_.strings("layers_pattern", /*lone=*/true)) {
+        if (pattern.empty()) continue;  // none, in Python
         config_.layers_pattern.push_back(fields_.expression("layers_pattern", pattern));
       }
     }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "peft/core/adapter.h"
+#include "peft/core/input.h"
 #include "peft/io/atomic_file.h"
 #include "peft/io/peft_config.h"
 #include "peft/io/peft_config_reader.h"
@@ -93,26 +94,6 @@ inline std::filesystem::path adapter_folder(const std::filesystem::path& directo
   return directory / name;
 }
 
-/// Adds the problems an error of `add_adapter` lists: one on its first line, the others below.
-inline void add_lines(Problems& problems, const c10::Error& error) {
-  std::string text = error.what_without_backtrace();
-  constexpr const char* count = " problems: ";
-  const auto counted = text.find(count);
-  text = counted == std::string::npos ? text.substr(text.find(": ") + 2)
-                                      : text.substr(counted + std::string(count).size());
-  for (size_t at = 0; at != std::string::npos;) {
-    const auto next = text.find("\n  ", at);
-    problems.add(text.substr(at, next == std::string::npos ? next : next - at));
-    at = next == std::string::npos ? next : next + 3;
-  }
-}
-
-/// Adds one list of problems to another. Returns false if there were any.
-inline bool absorb(Problems& problems, const Problems& more) {
-  for (const auto& line : more.lines()) problems.add(line);
-  return more.empty();
-}
-
 /// Where each kind of piece came from, so that a loaded adapter is written as it was.
 inline std::shared_ptr<const Origin> origin_of(const PeftConfig& config, const PieceImpl& piece) {
   Origin origin;
@@ -191,25 +172,21 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     const bool moves = !config.own && names.kind == SecondName::Kind::only && std::erase(saved, site) > 0;
     if (moves) biases.push_back(site);
   }
-  const bool fits = absorb(problems, misfits);
+  problems.add(misfits);
   parts.insert(parts.end(), config.further_parts.begin(), config.further_parts.end());
   if (!saved.empty()) parts.push_back(on(ReplaceOptions(), finder.at(saved)));
   if (!biases.empty()) parts.push_back(on(BiasOptions(), finder.at(biases)));
   if (parts.empty()) problems.raise(title);
   std::set<std::string> patterns;
   for (auto& part : parts) patterns.merge(std::exchange(part.patterns, {}));
-  Plan plan;
-  try {
-    plan = plan_adapter(model, parts, name, /*extends=*/false);
-  } catch (const c10::Error& error) {
-    add_lines(problems, error);
-    problems.raise(title);
-  }
+  Problems unplanned;
+  auto plan = plan_adapter(model, parts, name, /*extends=*/false, unplanned);
+  problems.add(unplanned);
+  if (!unplanned.empty()) problems.raise(title);
   std::map<std::string, Tensor> repeated;
   Entries owned;
-  for (const auto& [site, method, part] : plan.shared) part->place(site->info());
+  plan.place();
   for (auto& entry : plan.entries) {
-    entry.piece->place();
     entry.origin = origin_of(config, *entry.piece);
     if (!config.format || !config.format->owns(*entry.piece)) continue;
     owned.push_back(entry);
@@ -225,13 +202,13 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     problems.raise(title);
   }
   const auto tensors = keyed_tensors(plan.entries, config.format, /*loading=*/true);
-  if (fits && file.readable()) {
+  if (misfits.empty() && file.readable()) {
     file.check(tensors, repeated, config.format, record->model.second_names);
   }
   problems.raise(title);
 
   file.copy_into(tensors);
-  if (!owned.empty()) config.format->check_loaded(owned, problems);
+  if (!owned.empty()) config.format->finish_loaded(owned, problems);
   problems.raise(title);
   std::vector<SiteInfo> sites;
   for (const auto& entry : plan.entries) sites.push_back(entry.site->info());
@@ -239,6 +216,14 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
     note(std::string(config_file_name) + ": the pattern '" + pattern + "' matches no layer");
   }
   for (const auto& key : file.not_finite()) note(file.file() + ": '" + key + "' holds NaN or infinity");
+  const bool prompts = std::any_of(plan.entries.begin(), plan.entries.end(), [](const Adapter::Entry& entry) {
+    return dynamic_cast<const PromptPieceImpl*>(entry.piece.get()) != nullptr;
+  });
+  if (prompts && config.task_type == "QUESTION_ANS") {
+    note(std::string(config_file_name) +
+         ": Python counts the answers it trains a prompt for from the first virtual token, this library from "
+         "the text's first");
+  }
   if (!config.task_type.empty()) record->model.task_type = config.task_type;
   if (!config.base_model.empty()) record->model.name_or_path = config.base_model;
   const Adapter adapter(record);

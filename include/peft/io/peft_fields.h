@@ -117,6 +117,11 @@ class ConfigFields {
     }
     return value.get<double>();
   }
+  /// A rate of dropout; absent: 0.
+  double rate(const std::string& key) {
+    return number(
+        key, 0.0, [](double value) { return value >= 0 && value < 1; }, "must be a number in [0, 1)");
+  }
   /// A list of names, each once. `lone`: a string alone is a list of one.
   std::vector<std::string> strings(const std::string& key, bool lone = false) {
     std::vector<std::string> found;

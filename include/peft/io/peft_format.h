@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -89,12 +90,14 @@ class PeftFormat {
   /// the global generator left as it was found. May throw c10::Error for a config that does not fit the
   /// layers.
   virtual void complete(const Entries&) const {}
-  /// After the values of these pieces were read, before the model is changed: what no shape or type says of
-  /// them. Adds to the problems.
-  virtual void check_loaded(const Entries&, Problems&) const {}
+  /// After the values of these pieces were read, before the model is changed: lets the pieces take over what
+  /// follows from values. Adds to the problems what no shape or type says of them.
+  virtual void finish_loaded(const Entries&, Problems&) const {}
 
   /// Why Python cannot read these pieces, though there are keys for them, or an empty string.
   virtual std::string unreadable(const Entries& entries) const;
+  /// Kinds of layers on which Python does not have the method.
+  virtual std::set<std::string> unknown_layers() const { return {}; }
   /// Why Python cannot use the file on such a base, though it reads it, or an empty string.
   virtual std::string unusable(const std::string& /*model_type*/) const { return {}; }
 
@@ -112,6 +115,9 @@ inline std::string PeftFormat::unreadable(const Entries& entries) const {
   for (const auto& entry : entries) {
     if (entry.piece->site().files.kind != FileNames::Kind::layer) {
       return "'" + entry.site->path() + "' is a tensor inside a layer, where Python has no " + title();
+    }
+    if (const auto& layer = entry.piece->site().layer; unknown_layers().count(layer)) {
+      return "'" + entry.site->path() + "' is a " + layer + ", where Python has no " + title();
     }
   }
   return {};

@@ -10,7 +10,6 @@
 #include <regex>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "peft/core/problems.h"
@@ -96,7 +95,7 @@ class ModuleFinder {
       if (!std::any_of(config.modules_to_save.begin(), config.modules_to_save.end(), bears)) continue;
       for (size_t i = 0; i < nodes_.size(); ++i) {
         const auto& inner = nodes_[i];
-        if (inner.path != node.path && inner.path.rfind(node.path + ".", 0) != 0) continue;
+        if (inner.path != node.path && !inner.path.starts_with(node.path + ".")) continue;
         const bool weighs = inner.site && infos_[i].offers_to(Needs::weights);
         if (weighs && std::find(sites.begin(), sites.end(), inner.path) == sites.end())
           sites.push_back(inner.path);
@@ -188,8 +187,9 @@ class ModuleFinder {
     if (config.all_linear) {
       const bool linear = node.site ? info.layer == "Linear" || info.layer == "Conv1D"
                                     : std::dynamic_pointer_cast<nn::LinearImpl>(node.module) != nullptr;
+      static const std::set<std::string> outputs{"lm_head", "lm_head.decoder", "cls.predictions.decoder"};
       const bool head =
-          path == "lm_head" || (config.task_type == "SEQ_CLS" && (path == "classifier" || path == "score"));
+          outputs.count(path) || (config.task_type == "SEQ_CLS" && (path == "classifier" || path == "score"));
       return linear && !head;
     }
     if (!config.target_pattern.empty()) return std::regex_match(path, target);

@@ -6,13 +6,10 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
-#include <cstdint>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "peft/core/activation_function.h"
 #include "peft/core/compat.h"

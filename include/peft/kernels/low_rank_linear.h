@@ -238,25 +238,21 @@ class LowRankLinearNode final : public torch::autograd::Node {
   };
 
   void save(const Tensor& x, const std::vector<LowRankLinear>& layers, const Forward& forward) {
-    const auto edge = [](const Tensor& t) {
-      return t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge();
-    };
-    const auto variable = [](const Tensor& t) { return t.defined() ? Variable(t, false) : Variable(); };
-    torch::autograd::edge_list edges{edge(x)};
+    std::vector<Tensor> inputs{x};
     bool learns = false;
     for (size_t k = 0; k < layers.size(); ++k) {
       const auto& [linear, term] = layers[k];
       for (const auto& factor : factors(term)) {
-        edges.push_back(edge(factor));
-        learns = learns || edges.back().is_valid();
+        inputs.push_back(factor);
+        learns = learns || (factor.defined() && factor.requires_grad());
       }
       Layer layer;
       layer.out = linear.weight.size(0);
-      if (x.requires_grad()) layer.W = variable(linear.weight);
+      if (x.requires_grad()) layer.W = Variable(linear.weight, false);
       if (term) {
-        layer.A = variable(term->A);
-        layer.B = variable(term->B);
-        layer.E = variable(term->E);
+        layer.A = Variable(term->A, false);
+        layer.B = Variable(term->B, false);
+        layer.E = Variable(term->E, false);
         layer.turned_B = forward.B[k];
         layer.score = term->score;
         layer.rank = term->A.size(0);
@@ -266,11 +262,11 @@ class LowRankLinearNode final : public torch::autograd::Node {
       }
       layers_.push_back(std::move(layer));
     }
-    if (learns) x_ = variable(x);
+    if (learns) x_ = Variable(x, false);
     shape_ = x.sizes().vec();
     h_ = forward.h;
     A_ = forward.A;
-    set_next_edges(std::move(edges));
+    set_next_edges(torch::autograd::collect_next_edges(inputs));
   }
 
   /// Calls `use` with each part that has a term and a gradient, and the first of its ranks.

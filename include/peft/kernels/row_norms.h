@@ -3,9 +3,7 @@
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <optional>
 
 #include "peft/core/compat.h"
 #include "peft/kernels/kept.h"

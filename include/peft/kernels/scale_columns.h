@@ -9,8 +9,6 @@
 #include <cstdint>
 #include <mutex>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "peft/kernels/blocks.h"
 #include "peft/kernels/cpu.h"
@@ -109,10 +107,7 @@ class ScaledColumnsNode final : public torch::autograd::Node {
   /// Gives y, computed without a history, its own.
   static void attach(Tensor& y, const Tensor& p, const Tensor& c, const Tensor& a) {
     auto node = make_node<ScaledColumnsNode>();
-    const auto edge = [](const Tensor& t) {
-      return t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge();
-    };
-    node->set_next_edges({edge(p), edge(c), edge(a)});
+    node->set_next_edges(torch::autograd::collect_next_edges(p, c, a));
     if (c.requires_grad()) node->p_ = Variable(p, false);
     node->c_ = Variable(c, false);
     torch::autograd::create_gradient_edge(y, node);

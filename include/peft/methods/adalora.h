@@ -20,10 +20,10 @@ namespace peft {
 /// Shares the ranks out: scores every rank by the sensitivity and uncertainty of its values, and masks the
 /// lowest until a budget that falls with the cube of the time left is met. Hugging Face's `RankAllocator`;
 /// importance comes from the value after the update and the clipped gradient before it.
-class RankAllocator : public Controller {
+class RankAllocator : public ControllerOf<AdaLoraImpl> {
  public:
-  RankAllocator(AdaLoraOptions settings, std::vector<std::shared_ptr<AdaLoraImpl>> pieces)
-      : options(std::move(settings)), pieces_(std::move(pieces)), importance_(pieces_) {
+  RankAllocator(AdaLoraOptions settings, Pieces pieces)
+      : ControllerOf(std::move(pieces)), options(std::move(settings)), importance_(pieces_) {
     for (const auto& piece : pieces_) initial_budget_ += piece->lora_A.size(0);
   }
 
@@ -40,12 +40,6 @@ class RankAllocator : public Controller {
     const double budget =
         static_cast<double>(initial_budget_ - target) * std::pow(left, 3) + static_cast<double>(target);
     return {static_cast<int64_t>(budget), step % options.delta_t() == 0};
-  }
-
-  std::vector<const PieceImpl*> pieces() const override {
-    std::vector<const PieceImpl*> found;
-    for (const auto& piece : pieces_) found.push_back(piece.get());
-    return found;
   }
 
   /// λ · mean over all A and B of ‖A Aᵀ − I‖_F, ‖Bᵀ B − I‖_F.
@@ -99,9 +93,7 @@ class RankAllocator : public Controller {
   void load_state(const std::map<std::string, Tensor>& given) override;
 
   std::shared_ptr<Controller> copy(const std::vector<std::shared_ptr<PieceImpl>>& pieces) const override {
-    std::vector<std::shared_ptr<AdaLoraImpl>> own;
-    for (const auto& piece : pieces) own.push_back(std::dynamic_pointer_cast<AdaLoraImpl>(piece));
-    auto result = std::make_shared<RankAllocator>(options, std::move(own));
+    auto result = std::make_shared<RankAllocator>(options, own(pieces));
     const auto from = state(), into = result->state();  // named by the paths in one model each
     std::map<std::string, Tensor> values;
     for (size_t i = 0; i < from.size(); ++i) values.emplace(into[i].first, from[i].second.clone());
@@ -186,7 +178,6 @@ class RankAllocator : public Controller {
     return torch::tensor(flat, torch::kByte);
   }
 
-  std::vector<std::shared_ptr<AdaLoraImpl>> pieces_;
   mutable internal::AdaLoraImportance importance_;  ///< which follows the pieces where they are moved
   int64_t initial_budget_ = 0, step_ = 0;
 };
@@ -199,7 +190,7 @@ inline void RankAllocator::load_state(const std::map<std::string, Tensor>& given
   step_ = given.at("step").item<int64_t>();
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const auto& path = pieces_[i]->site().path;
-    const auto flat = given.at(path + ".kept").contiguous();
+    const auto flat = given.at(path + ".kept").to(torch::kCPU).contiguous();
     const auto* values = flat.data_ptr<uint8_t>();
     pieces_[i]->kept.clear();
     if (flat.numel() > 0 && values[0] != 2) pieces_[i]->kept.assign(values, values + flat.numel());
@@ -213,9 +204,7 @@ inline void RankAllocator::load_state(const std::map<std::string, Tensor>& given
 
 inline std::shared_ptr<Controller> make_controller(const AdaLoraOptions& options,
                                                    const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
-  std::vector<std::shared_ptr<AdaLoraImpl>> own;
-  for (const auto& piece : pieces) own.push_back(std::dynamic_pointer_cast<AdaLoraImpl>(piece));
-  return std::make_shared<RankAllocator>(options, std::move(own));
+  return std::make_shared<RankAllocator>(options, RankAllocator::own(pieces));
 }
 
 }  // namespace peft

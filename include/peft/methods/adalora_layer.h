@@ -3,8 +3,8 @@
 
 #include <torch/arg.h>
 
-#include <algorithm>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -17,6 +17,9 @@
 #include "peft/core/piece.h"
 
 namespace peft {
+
+/// For each initial rank of a layer, by the layer's path, whether it is left.
+using KeptRanks = std::map<std::string, std::vector<bool>>;
 
 /// Settings of `AdaLora`. Defaults are Hugging Face's. Steps are the optimizer's, counted from 0.
 struct AdaLoraOptions {
@@ -49,8 +52,9 @@ struct AdaLoraOptions {
   TORCH_ARG(double, dropout) = 0.0;
   /// `false`: A, E and B keep standard normal values, which change the output at once.
   TORCH_ARG(bool, init) = true;
-  /// Which of the initial ranks are left, a list for each path: the `rank_pattern` of a saved adapter.
-  TORCH_ARG(std::vector<Pattern<std::vector<bool>>>, kept) = {};
+  /// Which of the initial ranks are left, all where a layer is not named: the `rank_pattern` of a saved
+  /// adapter.
+  TORCH_ARG(KeptRanks, kept) = {};
 };
 
 /// AdaLoRA: y = F(x) + s · B (A ⊙ E) dropout(x), s = α / (r₀ + 1e-5), r₀ the initial rank throughout.
@@ -159,12 +163,12 @@ inline void check(const AdaLoraOptions& options) {
           "orth_reg_weight must be at least 0", options.orth_reg_weight());
   require(std::isfinite(options.alpha()), "alpha must be finite", options.alpha());
   require(options.dropout() >= 0 && options.dropout() < 1, "dropout must be in [0, 1)", options.dropout());
-  for (const auto& [pattern, kept] : options.kept()) {
-    require(static_cast<int64_t>(kept.size()) == options.init_rank(),
-            ("kept of '" + pattern + "' must have init_rank = " + std::to_string(options.init_rank()) +
-             " entries")
-                .c_str(),
-            kept.size());
+  for (const auto& [path, kept] : options.kept()) {
+    require(
+        static_cast<int64_t>(kept.size()) == options.init_rank(),
+        ("kept of '" + path + "' must have init_rank = " + std::to_string(options.init_rank()) + " entries")
+            .c_str(),
+        kept.size());
   }
   problems.raise("AdaLoraOptions");
 }
@@ -182,24 +186,12 @@ inline std::shared_ptr<PieceImpl> make_piece(const AdaLoraOptions& options, cons
   return std::make_shared<AdaLoraImpl>(options, site);
 }
 
-namespace internal {
-
-/// The ranks of a site that are left, where a saved adapter says so.
-inline const std::vector<bool>* kept_ranks(const AdaLoraOptions& options, const std::string& path) {
-  for (const auto& [name, kept] : options.kept()) {
-    if (name == path) return &kept;
-  }
-  return nullptr;
-}
-
-}  // namespace internal
-
 inline AdaLoraImpl::AdaLoraImpl(AdaLoraOptions settings, const SiteInfo& site)
     : Piece(AdaLoraOptions::method, std::move(settings), site) {
   check(options);
   const auto why = refusal(options, site);
   TORCH_CHECK_VALUE(why.empty(), "AdaLora: '", site.path, "': ", why);
-  if (const auto* saved = internal::kept_ranks(options, site.path)) kept = *saved;
+  if (const auto saved = options.kept().find(site.path); saved != options.kept().end()) kept = saved->second;
   for (size_t row = 0; row < static_cast<size_t>(options.init_rank()); ++row) {
     if (kept.empty() || kept[row]) rows.push_back(row);
   }

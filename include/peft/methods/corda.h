@@ -56,6 +56,7 @@ inline void initialize_corda(nn::Module& model, const Adapter& adapter, const st
     if (covariances[i].calls == 0) problems.add("the samples did not reach '" + waiting[i].path() + "'");
   }
   problems.raise("initialize_corda");
+  std::vector<internal::StartFactors> starts;
   for (size_t i = 0; i < waiting.size(); ++i) {
     const auto C = covariances[i].sum.to(torch::kCPU) / covariances[i].calls;
     const auto unit = torch::eye(C.size(0));
@@ -68,11 +69,12 @@ inline void initialize_corda(nn::Module& model, const Adapter& adapter, const st
       error = (damped.mm(inverse) - unit).norm().item<double>();
     }
     const auto [U, S, Vh] = at::linalg_svd(waiting[i].weight().mm(damped), /*full_matrices=*/false);
-    auto& lora = *waiting[i].lora;
+    const auto& lora = *waiting[i].lora;
     const auto first = options.largest() ? 0 : S.size(0) - lora.rank;
-    lora.start_from(internal::split(U.narrow(1, first, lora.rank), S.narrow(0, first, lora.rank),
-                                    Vh.mm(inverse).narrow(0, first, lora.rank), lora.scaling()));
+    starts.push_back(internal::split(U.narrow(1, first, lora.rank), S.narrow(0, first, lora.rank),
+                                     Vh.mm(inverse).narrow(0, first, lora.rank), lora.scaling()));
   }
+  for (size_t i = 0; i < waiting.size(); ++i) waiting[i].lora->start_from(starts[i]);
 }
 
 }  // namespace peft

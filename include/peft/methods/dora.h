@@ -32,7 +32,7 @@ struct DoraOptions {
   explicit DoraOptions(int64_t rank = 8) : lora_(rank) {}
   explicit DoraOptions(LoraOptions lora) : lora_(std::move(lora)) {}
 
-  /// `lora_bias` and `LoraInit::mica` are refused.
+  /// `lora_bias`, `gating` and `LoraInit::mica` are refused.
   TORCH_ARG(LoraOptions, lora);
 };
 

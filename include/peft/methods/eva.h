@@ -22,7 +22,8 @@ struct EvaOptions {
   TORCH_ARG(double, rho) = 2.0;
   /// A direction has converged when its cosine with that of the batch before is at least this, in [0, 1].
   TORCH_ARG(double, tau) = 0.99;
-  /// Divide each direction by the root of its singular value.
+  /// Divide each direction by the root of its singular value: once, where PEFT 0.21.2 divides those of layers
+  /// that share an input as many times as there are such layers.
   TORCH_ARG(bool, whiten) = false;
   /// Where a layer's rank changes, change its α along, so that the scale stays.
   TORCH_ARG(bool, adjust_scaling_factors) = true;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/arg.h>
+#include <torch/nn/init.h>
 
 #include <algorithm>
 #include <cmath>
@@ -51,7 +52,7 @@ struct FusionOptions {
   TORCH_ARG(bool, value_before_softmax) = true;
   /// The values' projection starts as the identity + 1e-6 everywhere else, not at random.
   TORCH_ARG(bool, value_initialized) = true;
-  /// Rate of dropout on the scores, in [0, 1); without a word, or at 0, that of the model's attention.
+  /// Rate of dropout on the scores, in [0, 1); by default, or at 0, that of the model's attention.
   TORCH_ARG(std::optional<double>, dropout_prob) = {};
 };
 
@@ -87,6 +88,9 @@ class FusionImpl : public Piece<FusionImpl, FusionOptions, FusionPieceImpl> {
   bool query_before_norm() const override { return options.query_before_ln(); }
 
   void initialize(const LayerView&) override;
+  void follow_rename(const std::string& from, const std::string& to) override {
+    std::replace(options.adapters().begin(), options.adapters().end(), from, to);
+  }
 
   void copy_state(const FusionImpl& other) { set_divisor(other.divisor()); }
   /// T, of the next forward.
@@ -182,17 +186,10 @@ inline Tensor FusionImpl::fuse(const Tensor& query_input, const std::vector<Tens
 }
 
 /// Pulls the values' projections of a fusion towards the identity, in training.
-class FusionController : public Controller {
+class FusionController : public ControllerOf<FusionImpl> {
  public:
-  explicit FusionController(const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
-    for (const auto& piece : pieces) pieces_.push_back(std::dynamic_pointer_cast<FusionImpl>(piece));
-  }
+  using ControllerOf::ControllerOf;
 
-  std::vector<const PieceImpl*> pieces() const override {
-    std::vector<const PieceImpl*> result;
-    for (const auto& piece : pieces_) result.push_back(piece.get());
-    return result;
-  }
   Tensor penalty() const override {
     Tensor total;
     for (const auto& piece : pulled()) {
@@ -221,7 +218,7 @@ class FusionController : public Controller {
     }
   }
   std::shared_ptr<Controller> copy(const std::vector<std::shared_ptr<PieceImpl>>& pieces) const override {
-    return std::make_shared<FusionController>(pieces);
+    return std::make_shared<FusionController>(own(pieces));
   }
 
  private:
@@ -229,20 +226,19 @@ class FusionController : public Controller {
   static Tensor far(const FusionImpl& piece) {
     return piece.value - torch::eye(piece.value.size(0), piece.value.options().requires_grad(false));
   }
-  std::vector<std::shared_ptr<FusionImpl>> pulled() const {
-    std::vector<std::shared_ptr<FusionImpl>> result;
+  Pieces pulled() const {
+    Pieces result;
     for (const auto& piece : pieces_) {
       const bool trains = piece->value.defined() && piece->value.requires_grad();
       if (trains && piece->options.regularization()) result.push_back(piece);
     }
     return result;
   }
-  std::vector<std::shared_ptr<FusionImpl>> pieces_;
 };
 
 inline std::shared_ptr<Controller> make_controller(const FusionOptions&,
                                                    const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
-  return std::make_shared<FusionController>(pieces);
+  return std::make_shared<FusionController>(FusionController::own(pieces));
 }
 
 /// Adds a fusion of bottleneck adapters on every join that one of them has a piece on, freezes the adapters,
@@ -267,8 +263,7 @@ inline Adapter add_fusion(nn::Module& model, FusionOptions options, std::string 
     members.emplace_back(member);
     title += (title.empty() ? "" : ",") + member;
     if (std::find(known.begin(), known.end(), member) == known.end()) {
-      problems.add("the model has no adapter '" + member + "'; it has " +
-                   internal::closest(member, known, 20));
+      problems.add(internal::no_adapter_text(member, known));
     }
   }
   for (const auto& node : nodes) {

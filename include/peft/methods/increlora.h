@@ -24,11 +24,11 @@ namespace peft {
 /// and get a new one. What begins to train is a new group of the optimizer. Once the target is met the
 /// reserves go silent (E = 0). An overshoot, possible with δ > 1 and ties, also ends growth; then the
 /// reserves stay as they are, and one note says so.
-class RankGrower : public Controller {
+class RankGrower : public ControllerOf<IncreLoraImpl> {
  public:
   /// Throws c10::ValueError if the target lies below the ranks at the start.
-  RankGrower(IncreLoraOptions settings, std::vector<std::shared_ptr<IncreLoraImpl>> pieces)
-      : options(std::move(settings)), pieces_(std::move(pieces)), grown_(pieces_.size(), 0) {
+  RankGrower(IncreLoraOptions settings, Pieces pieces)
+      : ControllerOf(std::move(pieces)), options(std::move(settings)), grown_(pieces_.size(), 0) {
     const auto count = static_cast<int64_t>(pieces_.size());
     delta_ = options.incre_rank_num().value_or(internal::default_growth(options.target_rank()));
     target_ = options.target_total_rank().value_or(options.target_rank() * count);
@@ -51,11 +51,6 @@ class RankGrower : public Controller {
     return {values.data_ptr<double>(), values.data_ptr<double>() + values.numel()};
   }
 
-  std::vector<const PieceImpl*> pieces() const override {
-    std::vector<const PieceImpl*> found;
-    for (const auto& piece : pieces_) found.push_back(piece.get());
-    return found;
-  }
   bool grows() const override { return true; }
   bool restarts_schedule() const override { return options.multi_lr(); }
 
@@ -213,13 +208,6 @@ class RankGrower : public Controller {
     return result;
   }
 
-  static std::vector<std::shared_ptr<IncreLoraImpl>> own(
-      const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
-    std::vector<std::shared_ptr<IncreLoraImpl>> result;
-    for (const auto& piece : pieces) result.push_back(std::dynamic_pointer_cast<IncreLoraImpl>(piece));
-    return result;
-  }
-
   const IncreLoraOptions options;
   /// Takes what a user should know: that growth has overshot its target.
   std::function<void(const std::string&)> note = [](const std::string& line) { std::cerr << line + "\n"; };
@@ -303,7 +291,6 @@ class RankGrower : public Controller {
     }
   }
 
-  std::vector<std::shared_ptr<IncreLoraImpl>> pieces_;
   int64_t delta_ = 0, target_ = 0, total_ = 0, step_ = 0;
   std::vector<std::vector<size_t>> growths_;  ///< the pieces that grew, for every growth
   std::vector<int64_t> grown_;                ///< how often each piece has grown

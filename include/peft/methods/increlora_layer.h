@@ -36,8 +36,8 @@ struct IncreLoraOptions {
   TORCH_ARG(double, dropout) = 0.0;
   /// Layers that grow at once, at least 1; all of them where there are fewer.
   TORCH_ARG(int64_t, top_h) = 10;
-  /// δ, ranks a layer grows by, at least 1. By default 1, 2, 3, 4 for a `target_rank` of 2, 4, 6, 8. With
-  /// more than 1, the last growth can overshoot the target, as published runs did.
+  /// δ, ranks a layer grows by, at least 1. By default 1, 2, 3, 4 for a `target_rank` of 2, 4, 6, 8; to be
+  /// given for any other. With more than 1, the last growth can overshoot the target, as published runs did.
   TORCH_ARG(std::optional<int64_t>, incre_rank_num) = {};
   /// Steps before the first growth, which is at the first multiple of `incre_interval` above it.
   TORCH_ARG(int64_t, init_warmup) = 4500;

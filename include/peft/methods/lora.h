@@ -16,6 +16,7 @@
 #include "peft/core/problems.h"
 #include "peft/kernels/low_rank_sum.h"
 #include "peft/kernels/shadow.h"
+#include "peft/methods/draws.h"
 #include "peft/methods/lora_options.h"
 
 namespace peft {
@@ -237,11 +238,7 @@ inline LoraImpl::LoraImpl(LoraOptions settings, const SiteInfo& site)
 inline void LoraImpl::initialize(const LayerView& base) {
   torch::NoGradGuard no_grad;
   draw_factors(base);
-  if (!gate_weight.defined()) return;
-  nn::init::kaiming_uniform_(gate_weight, std::sqrt(5.0));  // drawn and discarded, as in AdapterHub
-  const auto bound = 1.0 / std::sqrt(static_cast<double>(gate_weight.size(1)));
-  gate_bias.uniform_(-bound, bound);
-  gate_weight.normal_(0.0, 0.02);
+  if (gate_weight.defined()) internal::draw_gate(gate_weight, gate_bias);
 }
 
 inline void LoraImpl::draw_factors(const LayerView& base) {

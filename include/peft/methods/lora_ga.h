@@ -72,12 +72,18 @@ inline void initialize_lora_ga(nn::Module& model, const Adapter& adapter, const 
   }
   internal::Problems problems;
   for (size_t i = 0; i < waiting.size(); ++i) {
-    if (!gradients[i].weight.grad().defined()) problems.add("'" + waiting[i].path() + "' got no gradient");
+    const auto& gradient = gradients[i].weight.grad();
+    if (!gradient.defined()) {
+      problems.add("'" + waiting[i].path() + "' got no gradient");
+    } else if (!internal::is_finite(gradient)) {
+      problems.add("the gradient of '" + waiting[i].path() + "' must be finite");
+    }
   }
   problems.raise("initialize_lora_ga");
   torch::NoGradGuard no_grad;
+  std::vector<internal::StartFactors> starts;
   for (size_t i = 0; i < waiting.size(); ++i) {
-    auto& lora = *waiting[i].lora;
+    const auto& lora = *waiting[i].lora;
     const auto r = lora.rank;
     auto G = (gradients[i].weight.grad() / gradients[i].calls).to(torch::kCPU, torch::kFloat32);
     if (lora.site().fan_in_fan_out) G = G.t();
@@ -102,8 +108,9 @@ inline void initialize_lora_ga(nn::Module& model, const Adapter& adapter, const 
       A = A / lora.scaling();
       B = B / lora.scaling();
     }
-    lora.start_from({A, B});
+    starts.push_back({A, B});
   }
+  for (size_t i = 0; i < waiting.size(); ++i) waiting[i].lora->start_from(starts[i]);
 }
 
 }  // namespace peft

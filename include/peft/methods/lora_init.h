@@ -2,9 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string>
-#include <vector>
 
 #include "peft/core/site_traits.h"
 #include "peft/kernels/nf4.h"

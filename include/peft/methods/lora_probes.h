@@ -34,7 +34,9 @@ inline std::vector<Waiting> waiting_for(LoraInit init, const Adapter& adapter, c
     for (const auto& module : candidates) {
       const auto lora = std::dynamic_pointer_cast<LoraImpl>(module);
       const bool fits = lora && !lora->site().lookup && lora->site().fan_in.size() == 1;
-      if (fits && lora->options.init() == init) found.push_back({entry, lora});
+      if (!fits || lora->options.init() != init) continue;
+      lora->set_site(entry.site->info());  // the model may have moved, or have another type now
+      found.push_back({entry, lora});
     }
   }
   TORCH_CHECK_VALUE(!found.empty(), title, ": adapter '", adapter.name(),

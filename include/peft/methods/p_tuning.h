@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/arg.h>
-#include <torch/nn/init.h>
 
 #include <cmath>
 #include <cstdint>
@@ -12,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "peft/methods/draws.h"
 #include "peft/methods/prompt.h"
 
 namespace peft {
@@ -88,15 +88,9 @@ class PromptEncoder : public nn::Module {
   void initialize() {
     torch::NoGradGuard no_grad;
     embedding.normal_();
-    const auto uniform = [](Tensor& tensor, int64_t width) {
-      const auto bound = 1 / std::sqrt(static_cast<double>(width));
-      tensor.uniform_(-bound, bound);
-    };
-    for (auto& tensor : lstm) uniform(tensor, hidden_);
-    for (size_t i = 0; i < linear.size(); i += 2) {
-      nn::init::kaiming_uniform_(linear[i], std::sqrt(5.0));
-      uniform(linear[i + 1], linear[i].size(1));
-    }
+    const auto bound = 1 / std::sqrt(static_cast<double>(hidden_));
+    for (auto& tensor : lstm) tensor.uniform_(-bound, bound);
+    for (size_t i = 0; i < linear.size(); i += 2) internal::draw_linear(linear[i], linear[i + 1]);
   }
 
   /// P, (V, width).

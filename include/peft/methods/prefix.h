@@ -2,10 +2,8 @@
 #pragma once
 
 #include <torch/arg.h>
-#include <torch/nn/init.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -20,6 +18,7 @@
 #include "peft/core/attention.h"
 #include "peft/core/input.h"
 #include "peft/core/shared.h"
+#include "peft/methods/draws.h"
 #include "peft/methods/prefix_table.h"
 #include "peft/methods/probes.h"
 
@@ -64,16 +63,10 @@ class PrefixImpl : public Piece<PrefixImpl, PrefixOptions, AttentionPieceImpl> {
   void initialize(const LayerView&) override {
     if (!gate_weight.defined()) return;
     torch::NoGradGuard no_grad;
-    nn::init::kaiming_uniform_(gate_weight, std::sqrt(5.0));  // drawn and discarded, as in the reference
-    const auto bound = 1 / std::sqrt(static_cast<double>(gate_weight.size(1)));
-    gate_bias.uniform_(-bound, bound);
-    gate_weight.normal_(0, 0.02);
+    internal::draw_gate(gate_weight, gate_bias);
   }
 
-  void place() override {
-    to(site().device);
-    if (site().dtype == torch::kFloat64) to(torch::kFloat64);
-  }
+  void place() override { internal::place_in_float32(*this, site()); }
 
   void pretty_print(std::ostream& stream) const override {
     stream << "peft::Prefix(length=" << options.length() << ", layer=" << index << ")";
@@ -171,7 +164,8 @@ struct PrefixPositionsOptions {
   TORCH_ARG(int64_t, length);
 };
 
-/// Moves the positions of the tokens by a prefix's length, as Hugging Face's models do for its keys.
+/// Moves the positions of the tokens by a prefix's length, as Hugging Face's models do for its keys. Types
+/// are dropped (`InputOptions::keeps_types`), as Hugging Face PEFT does.
 class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOptions, InputPieceImpl> {
  public:
   PrefixPositionsImpl(PrefixPositionsOptions settings, const SiteInfo& site)
@@ -180,12 +174,13 @@ class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOpt
   Embedded embed(Embedded in) override {
     const auto V = options.length();
     const auto padding = site().input ? site().input->padding_position() : std::nullopt;
+    if (!(site().input && site().input->keeps_types())) in.types = Tensor();
     if (in.positions.defined() && padding) {  // which stays where it is
       in.positions = torch::where(in.positions == *padding, in.positions, in.positions + V);
     } else if (in.positions.defined()) {
       in.positions = in.positions + V;
     } else if (in.past == 0) {  // later the model counts on from the cache, which holds the prefix
-      const auto first = V + padding.value_or(-1) + 1;
+      const auto first = padding ? *padding + 1 : V;  // such models count vectors without what is cached
       const auto ids = torch::TensorOptions(torch::kLong).device(in.values.device());
       in.positions = torch::arange(first, first + in.values.size(1), ids).unsqueeze(0);
     }
@@ -248,15 +243,20 @@ inline void initialize_prefix(nn::Module& model, const Adapter& adapter, const s
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto& table = layers[i]->table();
-    const auto H = table.attention.kv_heads(), V = table.options.length(), D = table.attention.head_width();
-    const std::vector<int64_t> expected{1, H, V, D};
+    const std::vector<int64_t> expected{1, table.attention.kv_heads(), table.options.length(),
+                                        table.attention.head_width()};
     TORCH_CHECK(seen[i].k.defined() && seen[i].k.sizes() == c10::IntArrayRef(expected),
-                "initialize_prefix: the text must have ", V, " tokens, one for each of the prefix, but '",
-                layers[i]->site().path, "' saw keys of ",
+                "initialize_prefix: the text must have ", table.options.length(),
+                " tokens, one for each of the prefix, but '", layers[i]->site().path, "' saw keys of ",
                 seen[i].k.defined() ? internal::shape_text(seen[i].k.sizes()) : "no text");
-    const auto rows = table.embedding.view({V, table.layers, 2, H, D}).select(1, layers[i]->index);
-    rows.select(1, 0).copy_(seen[i].k[0].transpose(0, 1));
-    rows.select(1, 1).copy_(seen[i].v[0].transpose(0, 1));
+  }
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& table = layers[i]->table();
+    const auto keys = seen[i].k[0].transpose(0, 1), values = seen[i].v[0].transpose(0, 1);  // (V, H, D)
+    const auto rows = table.embedding.view({keys.size(0), table.layers, 2, keys.size(1), keys.size(2)})
+                          .select(1, layers[i]->index);
+    rows.select(1, 0).copy_(keys);
+    rows.select(1, 1).copy_(values);
   }
   adapter.accept_changes();
 }

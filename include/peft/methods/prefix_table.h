@@ -2,13 +2,10 @@
 #pragma once
 
 #include <torch/arg.h>
-#include <torch/nn/init.h>
 
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +14,7 @@
 #include "peft/core/activation_function.h"
 #include "peft/core/attention_options.h"
 #include "peft/core/shared.h"
+#include "peft/methods/draws.h"
 
 namespace peft {
 
@@ -118,14 +116,9 @@ class PrefixTable : public nn::Module {
   void initialize() {
     const bool small = options.init() == PrefixInit::small;
     const auto draw_layer = [small](Tensor weight, Tensor bias) {
-      if (small) {
-        weight.normal_(0, 0.02);
-        bias.zero_();
-        return;
-      }
-      nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
-      const auto bound = 1 / std::sqrt(static_cast<double>(weight.size(1)));
-      bias.uniform_(-bound, bound);
+      if (!small) return internal::draw_linear(weight, bias);
+      weight.normal_(0, 0.02);
+      bias.zero_();
     };
     embedding.normal_(0, small ? 0.02 : 1);
     if (first.defined()) {
@@ -177,10 +170,7 @@ class PrefixTables : public SharedImpl {
   }
 
   /// float32 as in the references, whatever the base's half type; float64 in a model of that.
-  void place(const SiteInfo& site) override {
-    to(site.device);
-    if (site.dtype == torch::kFloat64) to(torch::kFloat64);
-  }
+  void place(const SiteInfo& site) override { internal::place_in_float32(*this, site); }
 
   std::shared_ptr<SharedImpl> copy() const override {
     torch::NoGradGuard no_grad;

@@ -1,10 +1,8 @@
 // Probes: what methods that look at data before they train see of a model while it runs.
 #pragma once
 
-#include <algorithm>
 #include <functional>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 

@@ -1,13 +1,12 @@
 // Projection: the matrices that bottleneck adapters are made of.
 #pragma once
 
-#include <torch/nn/init.h>
-
 #include <cmath>
 #include <cstdint>
 
 #include "peft/core/compat.h"
 #include "peft/core/shared.h"
+#include "peft/methods/draws.h"
 
 namespace peft::internal {
 
@@ -34,11 +33,7 @@ class DenseProjection : public Projection {
     return at::linear(x, weight, bias);
   }
   torch::ScalarType dtype(const SharedImpl* = nullptr) const override { return weight.scalar_type(); }
-  void draw(uint64_t = 0) override {
-    nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
-    const auto bound = 1.0 / std::sqrt(static_cast<double>(weight.size(1)));
-    bias.uniform_(-bound, bound);
-  }
+  void draw(uint64_t = 0) override { draw_linear(weight, bias); }
   /// Other weights, from `fill`, and biases 0.
   template <class Fill>
   void restart(const Fill& fill) {

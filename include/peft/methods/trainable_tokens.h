@@ -32,10 +32,12 @@ struct TrainableTokensOptions {
 
 /// E′ = E with the rows `indices` replaced by T (not added to).
 /// Shapes: trainable_tokens_delta (T): (tokens, embedding_dim). Trains: T. Count: tokens · embedding_dim.
-/// It lies under the other pieces of its adapter. Of a tied matrix it changes the head's rows too. Adapters
-/// that share a token cannot be active together. Throws: c10::ValueError for tokens that are none, twice
-/// there or outside the embedding. Reference: Hugging Face PEFT's TRAINABLE_TOKENS. There every forward
-/// copies the embedding; here it replaces what was looked up, which gives the same numbers.
+/// It lies under the other pieces of its adapter. Of a tied matrix it changes the head's rows too; as in the
+/// reference the head's bias, where it has one (a masked language model's), is then left out until the
+/// adapter is merged. Adapters that share a token cannot be active together. Throws: c10::ValueError for
+/// tokens that are none, twice there or outside the embedding. Reference: Hugging Face PEFT's
+/// TRAINABLE_TOKENS. There every forward copies the embedding; here it replaces what was looked up, which
+/// gives the same numbers.
 class TrainableTokensImpl : public Piece<TrainableTokensImpl, TrainableTokensOptions> {
  public:
   TrainableTokensImpl(TrainableTokensOptions settings, const SiteInfo& site);
@@ -120,11 +122,10 @@ inline TrainableTokensImpl::TrainableTokensImpl(TrainableTokensOptions settings,
 
 inline Tensor TrainableTokensImpl::forward(const Tensor& x, const LayerView& layer) {
   if (x.is_floating_point()) {  // a head that is tied to the embedding: the scores of these tokens
-    const auto y = layer.forward(x);
-    const auto bias = layer.weights().bias, indices = indices_.to(x.device());
-    const auto scores = at::linear(x.to(trainable_tokens_delta.scalar_type()), trainable_tokens_delta);
-    const auto own = bias.defined() ? scores + bias.index_select(0, indices) : scores;
-    return y.index_copy(-1, indices, own.to(y.scalar_type()));
+    const bool biased = layer.base().weights().bias.defined();
+    const auto y = biased ? layer.apply(x, {layer.weights().weight, {}}) : layer.forward(x);
+    const auto own = at::linear(x.to(trainable_tokens_delta.scalar_type()), trainable_tokens_delta);
+    return y.index_copy(-1, indices_.to(x.device()), own.to(y.scalar_type()));
   }
   if (looks_up_whole_) return Piece::forward(x, layer);
   const auto y = layer.forward(x);

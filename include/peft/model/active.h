@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <concepts>
-#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -25,8 +24,7 @@ inline std::shared_ptr<Activation> activation_of(const std::vector<Node>& nodes,
 }
 
 inline void require_known(const ActiveSet& set, const std::string& name, const char* verb) {
-  TORCH_CHECK_VALUE(set.knows(name), verb, ": the model has no adapter '", name, "'",
-                    set.known.empty() ? std::string() : "; it has " + closest(name, set.known, 20));
+  TORCH_CHECK_VALUE(set.knows(name), verb, ": ", no_adapter_text(name, set.known));
 }
 
 /// Gives every piece the shared part of its adapter that lies in the same model: a copied piece comes
@@ -155,9 +153,7 @@ inline void set_composition(nn::Module& model, const Composition& composition) {
   auto set = *activation->get();
   Problems problems;
   for (const auto& name : composition.names()) {
-    if (set.knows(name)) continue;
-    problems.add("the model has no adapter '" + name + "'" +
-                 (set.known.empty() ? "" : "; it has " + closest(name, set.known, 20)));
+    if (!set.knows(name)) problems.add(no_adapter_text(name, set.known));
   }
   check_nesting(composition, problems);
   std::set<size_t> branches;
@@ -290,7 +286,11 @@ inline void rename(nn::Module& model, const std::string& from, const std::string
   }
   problems.raise("rename");
   for (const auto& node : nodes) {
-    if (!node.site || node.site->pieces(from).empty()) continue;
+    if (!node.site) continue;
+    for (const auto& name : node.site->adapters()) {
+      for (const auto& attached : node.site->pieces(name)) attached.piece->follow_rename(from, to);
+    }
+    if (node.site->pieces(from).empty()) continue;
     node.site->pieces(from).front().record->name = to;
     node.site->rename(from, to);
   }
@@ -323,7 +323,7 @@ inline void remove_adapter(nn::Module& model, const std::string& name) {
   const auto left = composition.names();
   const bool is_list = composition.block == Composition::Block::stack &&
                        std::find(left.begin(), left.end(), name) == left.end();
-  const bool is_active = std::find(set.active.begin(), set.active.end(), name) != set.active.end();
+  const bool is_active = set.is_active(name);
   const bool merged = std::all_of(nodes.begin(), nodes.end(), [&name](const internal::Node& node) {
     return !node.site || node.site->is_merged() || node.site->pieces(name).empty();
   });

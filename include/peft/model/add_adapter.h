@@ -31,13 +31,17 @@ inline void check_sites(const std::vector<Node>& nodes, const std::string& name,
 }
 
 /// Checks everything, builds the pieces, changes nothing. `extends`: the adapter exists and gets further
-/// pieces.
+/// pieces. Adds what is wrong to `all`; the plan is of use where nothing is.
 inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, const std::string& name,
-                         bool extends) {
+                         bool extends, Problems& all) {
   Plan plan;
   plan.model = &model;
   plan.nodes = walk(model, /*learn_paths=*/true);
   Problems problems;
+  const auto ends = [&] {
+    all.add(problems);
+    return !problems.empty();
+  };
   bool known = false, sited = false;
   for (const auto& node : plan.nodes) {
     if (!node.site) continue;
@@ -67,23 +71,23 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
   for (const auto& [method, own] : patterns) {
     if (own.empty()) continue;
     std::vector<SiteInfo> sites;
-    std::vector<std::string> paths;
+    std::vector<std::string> names;
     for (const auto& item : pending) {
       if (item.part->method != method) continue;
       sites.push_back(item.site->info());
-      paths.push_back(item.site->path());
+      names.push_back(sites.back().target());
     }
     if (sites.empty()) continue;  // the target has been complained of
     for (const auto& pattern : without_site(own, sites)) {
       problems.add("the pattern '" + pattern + "' of '" + method +
-                   "' matches none of its layers; closest: " + closest(pattern, paths));
+                   "' matches none of its layers; closest: " + closest(pattern, names));
     }
   }
   if (!sited && plan.swaps.empty() && !problems.empty()) {
     problems.add(
         "this model has no sites at all (hint: declare its layers as peft::Linear, peft::Embedding, …)");
   }
-  problems.raise("add_adapter");
+  if (ends()) return plan;
 
   // The model's order, and on one site the order of the parts: also the order of the random draws.
   const auto position = [&](const std::shared_ptr<SiteImpl>& site) {
@@ -115,7 +119,7 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
       problems.add("'" + path + "' runs on weights alone: " + why);
     }
     const auto set = item.site->activation()->get();
-    const bool runs = extends && std::find(set->active.begin(), set->active.end(), name) != set->active.end();
+    const bool runs = extends && set->is_active(name);
     if (runs && piece->site().weights_only &&
         (set->composition.by_rows() || set->composition.holds(Composition::Block::split))) {
       problems.add("'" + path + "' runs on one weight for the whole batch and all tokens, but " +
@@ -133,8 +137,8 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
                      "' (hint: leave it out of one target with .exclude({…}))");
       }
     }
-    if (item.part->needs == Needs::weights && !item.site->activation()->get()->active.empty()) {
-      for (const auto& active : item.site->activation()->get()->active) {
+    if (item.part->needs == Needs::weights) {
+      for (const auto& active : set->active) {
         if (active == name && piece->substitutes()) continue;  // lies under the adapter's other pieces
         for (const auto& attached : item.site->pieces(active)) {
           if (attached.piece->works_on_activations()) {
@@ -144,7 +148,7 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
         }
       }
     }
-    for (const auto& active : item.site->activation()->get()->active) {
+    for (const auto& active : set->active) {
       if (active == name) continue;
       for (const auto& attached : item.site->pieces(active)) {
         const auto why = piece->conflict(*attached.piece);
@@ -173,12 +177,21 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
     }
     plan.shared.push_back({first->site, method, shared});
   }
-  problems.raise("add_adapter");
+  if (ends()) return plan;
   for (const auto& [part, pieces] : made) {
     if (part->control) {
       plan.controllers.emplace_back([control = part->control, own = pieces] { return control(own); });
     }
   }
+  return plan;
+}
+
+/// The same; throws c10::ValueError listing what is wrong.
+inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, const std::string& name,
+                         bool extends) {
+  Problems problems;
+  auto plan = plan_adapter(model, parts, name, extends, problems);
+  problems.raise("add_adapter");
   return plan;
 }
 
@@ -230,9 +243,8 @@ inline void commit(Plan& plan, const Adapter& adapter, bool trainable, bool acti
 
   const bool alone = std::all_of(adapter.entries().begin(), adapter.entries().end(),
                                  [](const auto& entry) { return entry.piece->stands_alone(); });
-  const bool is_new = std::find(set.active.begin(), set.active.end(), adapter.name()) == set.active.end();
   const bool known = set.knows(adapter.name());
-  if (active && alone && is_new && !known) set.append(adapter.name());
+  if (active && alone && !set.is_active(adapter.name()) && !known) set.append(adapter.name());
   if (!known) set.known.push_back(adapter.name());
   activation->set(std::move(set));
 }
@@ -250,8 +262,7 @@ inline void initialize(const Plan& plan) {
       if (entry.piece->turn() == turn) entry.piece->initialize(*entry.site->base_view());
     }
   }
-  for (const auto& [site, method, part] : plan.shared) part->place(site->info());
-  for (const auto& entry : plan.entries) entry.piece->place();
+  plan.place();
 }
 
 inline std::shared_ptr<AdapterRecord> make_record(nn::Module& model, const std::string& name) {
@@ -301,7 +312,7 @@ Adapter add_adapter(nn::Module& model, const Options& options, const std::string
 }
 
 /// Lets the adapter train its own copy of further layers (a task head): `Replace` pieces under the same name,
-/// Hugging Face's `modules_to_save`. Before any optimiser is made.
+/// Hugging Face's `modules_to_save`. Before any optimizer is made.
 inline void train_also(const Adapter& adapter, nn::Module& model, Target target) {
   TORCH_CHECK(
       !adapter.record().has_optimizer, "train_also: adapter '", adapter.name(),

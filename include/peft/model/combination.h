@@ -98,10 +98,7 @@ class Combination {
     const auto set = activation_of(plan_.nodes, verb_)->get();
     for (size_t i = 0; i < recipe_.names.size(); ++i) {
       const auto& one = recipe_.names[i];
-      if (!set->knows(one)) {
-        problems_.add("the model has no adapter '" + one + "'" +
-                      (set->known.empty() ? "" : "; it has " + closest(one, set->known, 20)));
-      }
+      if (!set->knows(one)) problems_.add(no_adapter_text(one, set->known));
       if (std::count(recipe_.names.begin(), recipe_.names.begin() + static_cast<std::ptrdiff_t>(i), one)) {
         problems_.add("'" + one + "' is named twice");
       }
@@ -294,12 +291,11 @@ class Combination {
 
   /// The reference starts the new LoRA at random before it fills it: draws before those of the pruning.
   void discard_starts() const {
-    auto options = recipe_.lora;
-    options.rank_pattern({}).alpha_pattern({});
     for (const auto& terms : terms_) {
       if (!std::dynamic_pointer_cast<LoraImpl>(terms.list.front().piece)) continue;
       auto info = terms.site->info();
       if (recipe_.rank % info.groups != 0) info.groups = 1;  // where the reference has none
+      const auto options = recipe_.lora_on(info).rank_pattern({}).alpha_pattern({});
       make_piece(options, info)->initialize(*terms.site->base_view());
     }
   }

@@ -8,7 +8,6 @@
 #include <numeric>
 #include <string>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "peft/core/problems.h"
@@ -51,6 +50,12 @@ struct Recipe {
   int64_t rank = 0;           ///< of the new LoRA, where no layer has another
   LoraOptions lora;           ///< of the new one, all layers' ranks in it
 
+  /// The new LoRA's options on a site: without a bias of its own where the layer takes none.
+  LoraOptions lora_on(const SiteInfo& site) const {
+    auto result = lora;
+    if (result.lora_bias() && !refusal(result, site).empty()) result.lora_bias(false);
+    return result;
+  }
   std::vector<double> weights_of(const Terms& terms) const {
     std::vector<double> found;
     for (const auto& term : terms.list) found.push_back(weights.at(term.adapter));
@@ -255,14 +260,18 @@ inline std::string mismatch(const LoraImpl&, const Terms& terms, const Recipe& r
 }
 
 inline std::shared_ptr<PieceImpl> sum(const LoraImpl& first, const Terms& terms, const Recipe& recipe) {
-  auto result = std::make_shared<LoraImpl>(recipe.lora, first.site());
+  auto result = std::make_shared<LoraImpl>(recipe.lora_on(first.site()), first.site());
   // The parts of a module have one rank, the largest of theirs.
   const auto factors = padded(combined_factors(terms, recipe), result->lora_A.size(0));
   TORCH_INTERNAL_ASSERT(factors.A.sizes() == result->lora_A.sizes());
   result->to(first.lora_A.device(), first.lora_A.scalar_type());
   result->lora_A.copy_(factors.A);
   result->lora_B.copy_(factors.B);
-  if (factors.bias.defined()) result->lora_B_bias.copy_(factors.bias);
+  if (factors.bias.defined()) {
+    result->lora_B_bias.copy_(factors.bias);
+  } else if (result->lora_B_bias.defined()) {
+    result->lora_B_bias.zero_();
+  }
   return result;
 }
 

@@ -88,7 +88,7 @@ inline std::vector<std::string> without_site(const std::set<std::string>& patter
   for (const auto& pattern : patterns) {
     const auto expression = suffix_expression(pattern);
     const bool fits = std::any_of(sites.begin(), sites.end(), [&](const SiteInfo& site) {
-      return std::regex_match(site.path, expression) || std::regex_match(site.target(), expression);
+      return std::regex_match(site.target(), expression);
     });
     if (!fits) found.push_back(pattern);
   }

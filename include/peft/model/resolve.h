@@ -34,6 +34,12 @@ struct Plan {
   std::vector<Shared> shared;
   /// Makes the controllers of the pieces, once these have their values.
   std::vector<std::function<std::shared_ptr<Controller>()>> controllers;
+
+  /// Moves all that was made to the devices and types of the sites.
+  void place() const {
+    for (const auto& [site, method, part] : shared) part->place(site->info());
+    for (const auto& entry : entries) entry.piece->place();
+  }
 };
 
 /// The site a plain layer of a Sequential would become, or nullptr.
@@ -162,7 +168,7 @@ inline std::vector<std::shared_ptr<SiteImpl>> resolve(const Part& part, Plan& pl
     }
     bool below = false;
     for (auto& inner : plan.nodes) {
-      if (inner.path.rfind(node.path + ".", 0) != 0 || is_excluded(origin, inner.path)) continue;
+      if (!inner.path.starts_with(node.path + ".") || is_excluded(origin, inner.path)) continue;
       if (!inner.site && !become_site(inner, plan)) continue;
       if (!can(inner)) continue;
       take(inner.site);

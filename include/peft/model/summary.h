@@ -3,10 +3,8 @@
 
 #include <fmt/format.h>
 
-#include <map>
 #include <set>
 #include <string>
-#include <vector>
 
 #include "peft/model/active.h"
 
@@ -48,7 +46,7 @@ inline std::string count_text(int64_t count) {
 
 }  // namespace internal
 
-/// What is adapted (a line a site), what trains, and the bytes of adapter, gradients and optimiser.
+/// What is adapted (a line a site), what trains, and the bytes of adapter, gradients and optimizer.
 inline Summary summary(nn::Module& model) {
   const auto nodes = internal::walk(model);
   Summary result;
@@ -69,7 +67,7 @@ inline Summary summary(nn::Module& model) {
     active.insert(set->active.begin(), set->active.end());
     PieceImpl::Changed changed;
     for (const auto& name : node.site->adapters()) {
-      const bool is_active = std::find(set->active.begin(), set->active.end(), name) != set->active.end();
+      const bool is_active = set->is_active(name);
       const auto list = [&](const nn::Module& module, const std::string& method, int64_t trains) {
         int64_t held = 0;
         for (const auto& parameter : module.parameters()) {

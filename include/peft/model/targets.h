@@ -39,8 +39,8 @@ class Target {
     return result;
   }
   /// Keeps, of the modules found by a name's last segments, those in these layers: the layer's index is the
-  /// first number in the path that follows a dotted name, or that follows one of the `patterns`. Hugging
-  /// Face's `layers_to_transform` and `layers_pattern`.
+  /// first number that follows two names in the path (`bert.layer.0.fc`, but not `layer.0.fc`), or that
+  /// follows one of the `patterns`. Hugging Face's `layers_to_transform` and `layers_pattern`.
   Target layers(std::vector<int64_t> indices, std::vector<std::string> patterns = {}) const {
     TORCH_CHECK_VALUE(!origin_->names.empty(), "Target::layers: expected a target made by named({…})");
     for (const auto& pattern : patterns) internal::check_pattern("Target::layers", pattern);
@@ -105,9 +105,7 @@ inline void check_adapter_name(const std::string& name, Problems& problems) {
 
 /// True if `path` is `name` or ends in a dot and `name`.
 inline bool ends_in_name(const std::string& path, const std::string& name) {
-  if (path == name) return true;
-  return path.size() > name.size() + 1 && path.compare(path.size() - name.size(), name.size(), name) == 0 &&
-         path[path.size() - name.size() - 1] == '.';
+  return path == name || path.ends_with("." + name);
 }
 
 /// One module of a model, adapters left out.
@@ -156,8 +154,7 @@ inline void adopt(const std::shared_ptr<Activation>& activation, const std::vect
     for (const auto& name : other->known) {
       if (set.knows(name) || node.site->pieces(name).empty()) continue;
       set.known.push_back(name);
-      const bool active = std::find(other->active.begin(), other->active.end(), name) != other->active.end();
-      if (active && std::find(set.active.begin(), set.active.end(), name) == set.active.end()) {
+      if (other->is_active(name) && !set.is_active(name)) {
         // Of a block that stands in the other composition all is taken at once.
         const bool plain =
             other->composition.block == Composition::Block::stack &&

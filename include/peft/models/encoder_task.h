@@ -173,7 +173,8 @@ class ForTokenClassificationImpl
 };
 
 /// Finds the answer to a question in a text: transformers' `…ForQuestionAnswering`. Its loss is `span_loss`,
-/// on the text's own tokens.
+/// on the text's own tokens. (Python PEFT counts an answer's positions from a prompt's first
+/// virtual token: a prompt trained there finds answers that many tokens too early here.)
 template <class Family>
 class ForQuestionAnsweringImpl
     : public EncoderTask<ForQuestionAnsweringImpl<Family>, Family, SpanHead<Family>> {
@@ -283,7 +284,7 @@ class EncoderTaskHolder : public nn::ModuleHolder<Task> {
   using nn::ModuleHolder<Task>::ModuleHolder;
   using Impl = Task;
 
-  /// Reads a Hugging Face folder. `labels`: how many; without a word, as many as the config says. A head the
+  /// Reads a Hugging Face folder. `labels`: how many; by default as many as the config says. A head the
   /// folder does not have is drawn as transformers draws it. The model is frozen and in evaluation mode; call
   /// `train()` before training an adapter with dropout. Throws: what PretrainedFolder, the config's `read`
   /// and load_pretrained throw.

@@ -31,9 +31,9 @@ struct GenerateOptions {
   TORCH_ARG(int64_t, top_k) = 50;
   /// Draws from the likeliest tokens whose probabilities add up to it, in [0, 1]; at least from one.
   TORCH_ARG(double, top_p) = 1.0;
-  /// Tokens that end a text; without a word, those of the model's config.
+  /// Tokens that end a text; by default those of the model's config.
   TORCH_ARG(std::optional<std::vector<int64_t>>, eos_token_id);
-  /// Fills texts that ended before others; without a word, the config's, or else the first that ends a text.
+  /// Fills texts that ended before others; by default the config's, or else the first that ends a text.
   TORCH_ARG(std::optional<int64_t>, pad_token_id);
   /// Keeps keys and values instead of computing them again at each step.
   TORCH_ARG(bool, use_cache) = true;

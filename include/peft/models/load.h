@@ -85,7 +85,7 @@ struct LoadOptions {
   /// Without one, that of `architectures` in `config.json`; a pretraining's is `masked_lm`, and where nothing
   /// is said, `embedding`. A head that the folder does not have is drawn as transformers draws it.
   TORCH_ARG(std::optional<Task>, task);
-  /// Of the classifier; without a word, as many as the config says.
+  /// Of the classifier; by default as many as the config says.
   TORCH_ARG(std::optional<int64_t>, labels);
   TORCH_ARG(PretrainedOptions, pretrained);
 };

@@ -28,7 +28,7 @@ struct PretrainedOptions {
   TORCH_ARG(std::optional<torch::ScalarType>, dtype);
   /// Replaces every dropout probability of the base.
   TORCH_ARG(std::optional<double>, dropout);
-  /// Whether an encoder has its pooler; without a word, it has one where the file has one.
+  /// Whether an encoder has its pooler; by default it has one where the file has one.
   TORCH_ARG(std::optional<bool>, pooler);
   /// Where the base came from, for the adapters' configs.
   TORCH_ARG(std::string, name_or_path) = "";

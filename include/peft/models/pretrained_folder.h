@@ -48,7 +48,6 @@ class PretrainedFolder {
   static constexpr const char* weights_name = "model.safetensors";
   static constexpr const char* index_name = "model.safetensors.index.json";
 
-  const std::filesystem::path& path() const { return path_; }
   std::filesystem::path config_path() const { return path_ / config_name; }
   /// The file that lists the tensors, for messages.
   std::filesystem::path weights_path() const { return path_ / (is_sharded() ? index_name : weights_name); }

@@ -17,7 +17,8 @@ namespace peft::models {
 /// Embedding, and `output_layer()`, its Linear; its `reset` ends with `tie_output()`.
 ///
 /// The tied weight is a frozen view of the words': while the word vectors train, the head's gradient reaches
-/// them directly. Merging an adapter on one of the two leaves the other as it is.
+/// them directly, unless the head has adapters or single tokens train. Merging an adapter on one of the two
+/// leaves the other as it is.
 template <class Derived>
 class TiedOutput : public nn::Cloneable<Derived> {
  public:
@@ -66,11 +67,21 @@ class TiedOutput : public nn::Cloneable<Derived> {
   Tensor score(const Tensor& hidden) {
     auto& layer = self().output_layer();
     const auto& words = self().words()->base->weight;
-    const bool directly = words.requires_grad() && is_tied() && layer->adapters().empty();
+    const bool directly = words.requires_grad() && is_tied() && layer->adapters().empty() && !tokens_train();
     return directly ? at::linear(hidden, words, layer->base->bias) : layer->forward(hidden);
   }
 
  private:
+  /// True where an adapter of the word vectors acts on the head too.
+  bool tokens_train() const {
+    const auto& words = self().words();
+    for (const auto& name : words->adapters()) {
+      for (const auto& attached : words->pieces(name)) {
+        if (attached.piece->follows_ties()) return true;
+      }
+    }
+    return false;
+  }
   Derived& self() const { return const_cast<Derived&>(static_cast<const Derived&>(*this)); }
   void tie() { peft::internal::tie(self().output_layer()->base->weight, self().words()->base->weight); }
   /// The same of the two as they were before a merge.

@@ -5,7 +5,6 @@
 #include <torch/nn/functional/loss.h>
 
 #include <cmath>
-#include <utility>
 
 #include "peft/core/compat.h"
 #include "peft/core/problems.h"

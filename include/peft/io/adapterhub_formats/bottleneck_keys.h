@@ -35,10 +35,6 @@ inline PhmOptions read_phm(ConfigFields& fields) {
 /// The keys of a block → its options, without its places and factors.
 inline BottleneckOptions read_block(ConfigFields& fields) {
   BottleneckOptions options;
-  const auto rate = [&](const char* key) {
-    return fields.number(
-        key, 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)");
-  };
   options.non_linearity(read_activation(fields, "relu")).parallel(fields.boolean("is_parallel"));
   options.gating(fields.boolean("use_gating"));
   options.original_ln_before(fields.boolean("original_ln_before"))
@@ -46,7 +42,7 @@ inline BottleneckOptions read_block(ConfigFields& fields) {
       .ln_before(fields.boolean("ln_before"))
       .ln_after(fields.boolean("ln_after"))
       .adapter_residual_before_ln(fields.boolean("adapter_residual_before_ln"));
-  options.dropout(rate("dropout")).stochastic_depth(rate("stochastic_depth"));
+  options.dropout(fields.rate("dropout")).stochastic_depth(fields.rate("stochastic_depth"));
   if (fields.value("scaling").is_string()) {
     const auto kind = read_choice(fields, "scaling", "learned", {"learned", "channel"});
     options.trained_scaling(kind == "channel" ? TrainedScaling::channel : TrainedScaling::scalar);

@@ -27,8 +27,7 @@ class HubLoraFormat final : public HubLoraKeys {
     LoraOptions lora(fields.integer("r", 8, 1));
     lora.alpha(fields.number(
         "alpha", 8.0, [](double value) { return std::isfinite(value); }, "must be a finite number"));
-    lora.dropout(fields.number(
-        "dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    lora.dropout(fields.rate("dropout"));
     lora.gating(fields.boolean("use_gating"));
     fields.refuse_features({"use_dora", "vera_b", "vera_d"});
     const auto matrices = read_matrices(fields);

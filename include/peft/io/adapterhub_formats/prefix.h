@@ -30,8 +30,7 @@ class HubPrefixFormat final : public HubFormat {
     options.projection(!fields.boolean("flat")).vector_width(places.width());
     options.hidden_width(fields.integer("bottleneck_size", 512, 1));
     options.activation(read_activation(fields, "tanh"));
-    options.dropout(fields.number(
-        "dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.dropout(fields.rate("dropout"));
     const bool shared = fields.boolean("shared_gating", true);
     if (fields.boolean("use_gating")) options.gates(shared ? 1 : 2);
     options.leave_out(read_leave_out(fields));

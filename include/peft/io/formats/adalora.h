@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -31,6 +32,8 @@ class AdaLoraFormat final : public PeftFormat {
   bool owns(const PieceImpl& piece) const override {
     return dynamic_cast<const AdaLoraImpl*>(&piece) != nullptr;
   }
+
+  std::set<std::string> unknown_layers() const override { return {"Conv1d", "Conv3d"}; }
 
   std::vector<DiskTensor> tensors(const PieceImpl& piece) const override {
     const auto& adalora = static_cast<const AdaLoraImpl&>(piece);
@@ -101,12 +104,11 @@ class AdaLoraFormat final : public PeftFormat {
         .beta1(fields.number("beta1", 0.85, fraction, "must be a number in (0, 1)"))
         .beta2(fields.number("beta2", 0.85, fraction, "must be a number in (0, 1)"))
         .alpha(fields.number("lora_alpha", 8.0, finite, "must be a finite number"))
-        .init(fields.boolean("init_lora_weights", true));
+        .init(reads_as_true(fields, "init_lora_weights"));
     options.orth_reg_weight(fields.number(
         "orth_reg_weight", 0.5, [](double value) { return value >= 0 && std::isfinite(value); },
         "must be a number of at least 0"));
-    options.dropout(fields.number(
-        "lora_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.dropout(fields.rate("lora_dropout"));
     if (!fields.has("total_step")) fields.complain("total_step", "must be an integer of at least 1");
     fields.boolean("fan_in_fan_out");  // the layer knows
     read_ranks(fields, options);
@@ -148,18 +150,24 @@ class AdaLoraFormat final : public PeftFormat {
     return static_cast<const AdaLoraImpl&>(*entry.piece);
   }
 
+  /// Python asks no more of the value.
+  static bool reads_as_true(ConfigFields& fields, const char* key) {
+    const bool text = fields.has(key) && fields.value(key).is_string();
+    return text ? !fields.string(key).empty() : fields.boolean(key, true);
+  }
+
   static void read_ranks(ConfigFields& fields, AdaLoraOptions& options) {
     if (!fields.has("rank_pattern")) return;
     const auto& map = fields.value("rank_pattern");
     const auto length = static_cast<size_t>(options.init_rank());
-    std::vector<Pattern<std::vector<bool>>> kept;
+    KeptRanks kept;
     bool fits = map.is_object();
     for (const auto& [key, list] : map.items()) {
       fits = fits && key.ends_with(suffix) && list.is_array() && list.size() == length &&
              std::all_of(list.begin(), list.end(), [](const auto& item) { return item.is_boolean(); });
       if (!fits) break;
-      kept.emplace_back(key.substr(0, key.size() - std::string(suffix).size()),
-                        list.template get<std::vector<bool>>());
+      kept.emplace(key.substr(0, key.size() - std::string(suffix).size()),
+                   list.template get<std::vector<bool>>());
     }
     if (!fits) {
       return fields.complain("rank_pattern", "must map '<layer>.lora_E' to lists of init_r = " +

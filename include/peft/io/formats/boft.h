@@ -51,8 +51,7 @@ class BoftFormat final : public PeftFormat {
     BoftOptions options(fields.integer("boft_block_size", 4, 0));
     options.block_num(blocks);
     options.butterfly_factors(fields.integer("boft_n_butterfly_factor", 1, 1));
-    options.dropout(fields.number(
-        "boft_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.dropout(fields.rate("boft_dropout"));
     options.init_weights(fields.boolean("init_weights", true));
     fields.boolean("fan_in_fan_out");  // the layer knows
     return [options](Target target) { return on(options, std::move(target)); };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -70,14 +71,7 @@ class Ia3Format final : public PeftFormat {
     json[feedforward_key] = feedforward_json(entries, json["target_modules"]);
   }
 
-  std::string unreadable(const Entries& entries) const override {
-    for (const auto& entry : entries) {
-      if (entry.piece->site().layer == "Conv1d") {
-        return "'" + entry.site->path() + "' is a Conv1d, where Python has no " + title();
-      }
-    }
-    return PeftFormat::unreadable(entries);
-  }
+  std::set<std::string> unknown_layers() const override { return {"Conv1d"}; }
 
   std::function<Part(Target)> read(ConfigFields& fields) const override {
     Ia3Options options;

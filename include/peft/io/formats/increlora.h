@@ -1,7 +1,6 @@
 // IncreLoraFormat: IncreLoRA as a plain LoRA in Hugging Face PEFT's files (peft_type LORA).
 #pragma once
 
-#include <algorithm>
 #include <functional>
 #include <string>
 #include <utility>

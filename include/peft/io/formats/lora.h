@@ -40,6 +40,10 @@ class LoraFormat final : public PeftFormat {
         if (init == LoraInit::mica || init == LoraInit::loftq)
           return std::string("Python has no lora_bias where LoRA starts by ") + to_string(init);
       }
+      if (const auto* lora = lora_in(*entry.piece);
+          lora && lora->options.init() == LoraInit::loftq && lora->site().fan_in_fan_out) {
+        return stored_start(LoraInit::loftq);
+      }
       const bool inside = entry.piece->site().files.kind != FileNames::Kind::layer;
       if (inside && is_dora(*entry.piece)) return PeftFormat::unreadable({entry});
       const auto beside = [&](const Adapter::Entry& other) {
@@ -139,8 +143,7 @@ class LoraFormat final : public PeftFormat {
     LoraOptions lora(fields.integer("r", 8, 1));
     const auto finite = [](double value) { return std::isfinite(value); };
     lora.alpha(fields.number("lora_alpha", 8.0, finite, "must be a finite number"));
-    lora.dropout(fields.number(
-        "lora_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    lora.dropout(fields.rate("lora_dropout"));
     lora.rslora(fields.boolean("use_rslora")).lora_bias(fields.boolean("lora_bias"));
     fields.boolean("fan_in_fan_out");  // the layer knows
     read_lora_init(fields, lora);
@@ -148,10 +151,17 @@ class LoraFormat final : public PeftFormat {
     fields.refuse_features({"use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens",
                             "arrow_config", "kasa_config", "velora_config", "monteclora_config",
                             "megatron_config", "ensure_weight_tying"});
-    if (fields.boolean("use_dora")) {
-      return [lora](Target target) { return on(DoraOptions(lora), std::move(target)); };
-    }
-    return [lora](Target target) { return on(lora, std::move(target)); };
+    const bool dora = fields.boolean("use_dora");
+    const bool pythons = fields.string("peft_type") == peft_type();
+    const bool from_stored = pythons && (lora.init() == LoraInit::olora || lora.init() == LoraInit::loftq);
+    return [lora, dora, from_stored](Target target) {
+      auto part = dora ? on(DoraOptions(lora), std::move(target)) : on(lora, std::move(target));
+      if (!from_stored) return part;
+      part.refusal = [before = part.refusal, lora](const SiteInfo& site) {
+        return site.fan_in_fan_out ? stored_start(lora.init()) : before(site);
+      };
+      return part;
+    };
   }
 
   std::vector<std::string> default_targets(const std::string& model_type) const override {
@@ -195,6 +205,11 @@ class LoraFormat final : public PeftFormat {
   }
 
  private:
+  /// Of a Conv1D, whose matrix has the inputs first.
+  static std::string stored_start(LoraInit init) {
+    return std::string("Python takes the start '") + to_string(init) +
+           "' of a Conv1D from its matrix as it is stored, inputs first, so its factors are others";
+  }
   static bool is_dora(const PieceImpl& piece) { return dynamic_cast<const DoraImpl*>(&piece) != nullptr; }
   /// The LoRA that a piece is or holds, or nullptr.
   static const LoraImpl* lora_in(const PieceImpl& piece) {

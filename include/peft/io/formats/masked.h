@@ -60,7 +60,7 @@ class MaskedFormat final : public PeftFormat {
     const auto& masked = static_cast<const MaskedImpl&>(piece);
     return {{"masked_values", masked.values}, {"masked_indices", masked.indices}};
   }
-  void check_loaded(const Entries& entries, Problems& problems) const override {
+  void finish_loaded(const Entries& entries, Problems& problems) const override {
     for (const auto& entry : entries) {
       auto& masked = static_cast<MaskedImpl&>(*entry.piece);
       const auto settings = MaskedOptions().indices(masked.indices.cpu());
@@ -126,10 +126,11 @@ class RowsFormat final : public PeftFormat {
   void write(const Entries& entries, nlohmann::json& json, std::vector<std::string>&,
              Problems& problems) const override {
     for (const auto& entry : entries) {
-      const auto& rows = static_cast<const RowsImpl&>(*entry.piece).options.rows();
-      if (rows.empty()) problems.add("'" + entry.site->path() + "': its rows are not chosen yet");
+      const auto rows = static_cast<const RowsImpl&>(*entry.piece).indices.to(torch::kCPU);
+      if (rows.size(0) == 0) problems.add("'" + entry.site->path() + "': its rows are not chosen yet");
       std::vector<Run> runs;
-      for (const auto row : rows) {
+      for (int64_t i = 0; i < rows.size(0); ++i) {
+        const auto row = rows[i].item<int64_t>();
         if (runs.empty() || row != runs.back().first + runs.back().second) runs.emplace_back(row, 0);
         ++runs.back().second;
       }

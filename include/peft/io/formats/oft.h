@@ -56,8 +56,7 @@ class OftFormat final : public PeftFormat {
     const auto blocks = fields.integer("r", 0, 0);
     OftOptions options(fields.integer("oft_block_size", 32, 0));
     options.blocks(blocks).block_share(fields.boolean("block_share"));
-    options.module_dropout(fields.number(
-        "module_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.module_dropout(fields.rate("module_dropout"));
     options.coft(fields.boolean("coft"));
     options.eps(fields.number(
         "eps", 6e-5, [](double value) { return value > 0; }, "must be a positive number"));

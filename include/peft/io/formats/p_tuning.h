@@ -59,8 +59,7 @@ class PTuningFormat final : public PromptFormat {
     }
     if (fields.has("encoder_hidden_size")) options.hidden_size(fields.integer("encoder_hidden_size", 0, 1));
     options.layers(fields.integer("encoder_num_layers", 2, 1));
-    options.dropout(fields.number(
-        "encoder_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.dropout(fields.rate("encoder_dropout"));
     return [options](Target target) { return on(options, std::move(target)); };
   }
 

@@ -1,7 +1,6 @@
 // Settings: options of which a config holds one set for all layers.
 #pragma once
 
-#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "peft/io/peft_format.h"
@@ -39,8 +38,8 @@ void write_rank_and_alpha(const Entries& entries, nlohmann::json& json, std::vec
   std::vector<std::pair<std::string, double>> alphas;
   bool scaled = false;
   for (const auto& entry : entries) {
-    ranks.emplace_back(entry.site->path(), piece(entry).rank);
-    alphas.emplace_back(entry.site->path(), piece(entry).alpha);
+    ranks.emplace_back(entry.site->info().target(), piece(entry).rank);
+    alphas.emplace_back(entry.site->info().target(), piece(entry).alpha);
     scaled = scaled || piece(entry).scale() != 1.0;
   }
   json["r"] = options.rank();
@@ -53,14 +52,10 @@ void write_rank_and_alpha(const Entries& entries, nlohmann::json& json, std::vec
 /// Reads what `write_rank_and_alpha` writes, and the two rates of dropout.
 template <class Options>
 Options read_dense_update(ConfigFields& fields) {
-  const auto rate = [&](const char* key) {
-    return fields.number(
-        key, 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)");
-  };
   Options options(fields.integer("r", 8, 1));
   options.alpha(fields.number(
       "alpha", 8.0, [](double value) { return std::isfinite(value); }, "must be a finite number"));
-  options.rank_dropout(rate("rank_dropout")).module_dropout(rate("module_dropout"));
+  options.rank_dropout(fields.rate("rank_dropout")).module_dropout(fields.rate("module_dropout"));
   options.rank_pattern(fields.ranks("rank_pattern")).alpha_pattern(fields.numbers("alpha_pattern"));
   return options;
 }

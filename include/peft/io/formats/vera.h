@@ -63,8 +63,7 @@ class VeraFormat final : public PeftFormat {
     options.projection_prng_key(fields.integer("projection_prng_key", 0, std::numeric_limits<int64_t>::min(),
                                                std::numeric_limits<int64_t>::max()));
     options.save_projection(fields.boolean("save_projection", true));
-    options.dropout(fields.number(
-        "vera_dropout", 0.0, [](double p) { return p >= 0 && p < 1; }, "must be a number in [0, 1)"));
+    options.dropout(fields.rate("vera_dropout"));
     options.d_initial(fields.number(
         "d_initial", 0.1, [](double value) { return std::isfinite(value); }, "must be a finite number"));
     options.init_weights(fields.boolean("init_weights", true));
