@@ -443,6 +443,8 @@ TEST_CASE("Positions and types after a prefix are as in Hugging Face's", "[prefi
   CHECK(positions(roberta, given).positions.equal(torch::tensor({{7, 8, 1}})));
   CHECK(!positions(bert, {}).types.defined());
   CHECK(positions(peft::InputOptions(4).keeps_types(true), {}).types.defined());
+  CHECK(peft::companion(PrefixOptions::p_tuning_v2(2))->keeps_types());
+  CHECK_FALSE(peft::companion(PrefixOptions(2))->keeps_types());
 }
 
 TEST_CASE("A prefix may start from what the model makes of real tokens", "[prefix]") {

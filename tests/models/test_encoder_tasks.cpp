@@ -1,9 +1,12 @@
 #include "catch.h"
 #include "models/tiny_encoder.h"
 #include "peft/io/peft_directory.h"
+#include "peft/methods/dora.h"
+#include "peft/methods/layer_norm_tuning.h"
 #include "peft/methods/lora.h"
 #include "peft/methods/prompt.h"
 #include "peft/methods/trainable_tokens.h"
+#include "peft/model/active.h"
 #include "peft/model/add_adapter.h"
 #include "peft/model/merge.h"
 #include "peft/models/load.h"
@@ -175,8 +178,36 @@ TEST_CASE("Trained tokens leave the output layer's bias out until they are merge
   CHECK(difference(logits(), plain - bias) < 1e-5);
   for (auto& tensor : adapter.parameters()) tensor.add_(0.1);
   const auto adapted = logits();
+  // What lies above it goes on without the bias.
+  const auto dora = peft::add_adapter(*model, peft::DoraOptions(2), peft::named({"decoder"}), "dora");
+  CHECK(difference(logits(), adapted) < 1e-5);
+  for (auto& tensor : dora.parameters()) tensor.add_(0.1);
+  const auto both = logits();
+  peft::merge(*model);
+  CHECK(difference(logits(), both + bias) < 2e-5);
+  peft::unmerge(*model);
+  peft::set_active(*model, {"default"});
   peft::merge(*model);
   CHECK(difference(logits(), adapted + bias) < 1e-5);
+}
+
+TEST_CASE("A half-precision model runs with its norms tuned in float32", "[task]") {
+  const torch::NoGradGuard no_grad;
+  auto model = filled_by_name<BertForMaskedLM>(tiny());
+  model->to(torch::kBFloat16);
+  const auto logits = [&] {
+    const auto found = model->forward(batch()).logits;
+    CHECK(found.scalar_type() == torch::kBFloat16);
+    return found.to(torch::kFloat32);
+  };
+  const auto plain = logits();
+  const auto adapter = peft::add_adapter(*model, peft::LayerNormTuningOptions(), peft::all());
+  CHECK(difference(logits(), plain) < 0.03);  // bfloat16 has 8 bits
+  for (auto& tensor : adapter.parameters()) {
+    CHECK(tensor.scalar_type() == torch::kFloat32);
+    tensor.mul_(1.5);
+  }
+  CHECK(difference(logits(), plain) > 0.1);
 }
 
 TEST_CASE("Words that train get the output layer's gradient too", "[task]") {

@@ -23,7 +23,7 @@ class BaseView final : public LayerView {
 
   Tensor forward(const Tensor& x) const override {
     if constexpr (WeightLayer<Layer>) {
-      return apply(x, weights());
+      return noted(SiteTraits<Layer>::apply(layer_, x, weights()));
     } else {
       auto function = layer_;
       return noted(function->forward(x));
@@ -36,9 +36,11 @@ class BaseView final : public LayerView {
       TORCH_CHECK(false, layer_->name(), " has no weights a method could change");
     }
   }
-  Tensor apply(const Tensor& x, const Weights& weights) const override {
+  Tensor apply(const Tensor& x, const Weights& given) const override {
     if constexpr (WeightLayer<Layer>) {
-      return noted(SiteTraits<Layer>::apply(layer_, x, weights));
+      auto y = SiteTraits<Layer>::apply(layer_, x, given);
+      const auto own = weights().weight;
+      return own.defined() && own.scalar_type() == given.weight.scalar_type() ? noted(std::move(y)) : y;
     } else {
       TORCH_CHECK(false, layer_->name(), " cannot run with other weights");
     }
@@ -63,8 +65,8 @@ class BaseView final : public LayerView {
   }
   const LayerView& base() const override { return *this; }
 
-  /// The type of the base's first output, which is the type the site returns: what pieces compute with other
-  /// weights after it may be of another.
+  /// The type of the first output with weights of the base's type, which is the type the site returns: what
+  /// pieces compute with other weights may be of another.
   std::optional<torch::ScalarType> output_type() const { return output_type_; }
 
  private:

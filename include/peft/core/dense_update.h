@@ -23,8 +23,8 @@ class DenseUpdate : public Piece<Derived, Options> {
  public:
   DenseUpdate(Options settings, const SiteInfo& site)
       : Piece<Derived, Options>(Options::method, std::move(settings), site),
-        rank(first_match(this->options.rank_pattern(), site.target(), this->options.rank())),
-        alpha(first_match(this->options.alpha_pattern(), site.target(), this->options.alpha())) {}
+        rank(first_match(this->options.rank_pattern(), site.path, this->options.rank())),
+        alpha(first_match(this->options.alpha_pattern(), site.path, this->options.alpha())) {}
 
   Tensor forward(const Tensor& x, const LayerView& layer) override {
     const auto y = layer.forward(x);

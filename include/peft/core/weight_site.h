@@ -46,9 +46,13 @@ class AverageView final : public LayerView {
     return sum([&](const LayerView& branch) { return branch.forward(x); });
   }
   Weights weights() const override {
-    const auto bias = [](const LayerView& branch) { return branch.weights().bias; };
+    const auto plain = below_.weights().bias;
+    const auto bias = [&plain](const LayerView& branch) {
+      const auto own = branch.weights().bias;
+      return own.defined() ? own : plain;
+    };
     return {sum([](const LayerView& branch) { return branch.weights().weight; }),
-            bias(below_).defined() ? sum(bias) : Tensor()};
+            plain.defined() ? sum(bias) : Tensor()};
   }
   Tensor apply(const Tensor& x, const Weights& weights) const override { return base().apply(x, weights); }
   Tensor low_rank(const Tensor& x, const Tensor& A, const Tensor& B) const override {
@@ -207,7 +211,7 @@ class WeightSite : public SiteImpl {
         "' has no bias to take the adapter's (hint: LoraOptions::lora_bias needs a base bias to merge)");
     if (keep) kept_ = Weights{alias(now.weight), alias(now.bias)};
     const auto put = [](Tensor parameter, const Tensor& value) {
-      if (!parameter.defined() || value.is_same(parameter)) return;
+      if (!parameter.defined() || !value.defined() || value.is_same(parameter)) return;
       // Others may hold the memory: the values can be a piece's own tensors.
       const bool shared = value.use_count() > 1 || value.storage().use_count() > 1 ||
                           value.storage().nbytes() > value.nbytes() || !value.is_contiguous();

@@ -208,8 +208,6 @@ class AtomicFile {
     if (const int failed = internal::sync_path(internal::folder_of(path_))) fail(failed);
   }
 
-  /// The final name.
-
  private:
   void discard() {
     if (file_ != nullptr) std::fclose(std::exchange(file_, nullptr));

@@ -179,6 +179,7 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   if (parts.empty()) problems.raise(title);
   std::set<std::string> patterns;
   for (auto& part : parts) patterns.merge(std::exchange(part.patterns, {}));
+  const bool by_path = std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.by_path; });
   Problems unplanned;
   auto plan = plan_adapter(model, parts, name, /*extends=*/false, unplanned);
   problems.add(unplanned);
@@ -210,9 +211,11 @@ inline Adapter load_adapter(nn::Module& model, const std::filesystem::path& dire
   file.copy_into(tensors);
   if (!owned.empty()) config.format->finish_loaded(owned, problems);
   problems.raise(title);
-  std::vector<SiteInfo> sites;
-  for (const auto& entry : plan.entries) sites.push_back(entry.site->info());
-  for (const auto& pattern : without_site(patterns, sites)) {  // Python warns of them
+  std::vector<std::string> names;
+  for (const auto& entry : plan.entries) {
+    names.push_back(by_path ? entry.site->path() : entry.site->info().target());
+  }
+  for (const auto& pattern : without_match(patterns, names)) {  // Python warns of them
     note(std::string(config_file_name) + ": the pattern '" + pattern + "' matches no layer");
   }
   for (const auto& key : file.not_finite()) note(file.file() + ": '" + key + "' holds NaN or infinity");

@@ -62,9 +62,8 @@ class BoftImpl : public Piece<BoftImpl, BoftOptions> {
     for (auto i = R.size(0) - 1; i >= 0; --i) rotated = turn(rotated, R[i], i);
     const auto y = layer.forward(rotated);
     const auto scale = boft_s.squeeze(-1);
-    if (!site().has_bias()) return y * scale;
-    const auto bias = layer.weights().bias;
-    return (y - bias) * scale + bias;
+    const auto bias = site().has_bias() ? layer.weights().bias : Tensor();
+    return bias.defined() ? (y - bias) * scale + bias : y * scale;
   }
 
   Weights effective(const Weights& weights, const LayerView&) const override {

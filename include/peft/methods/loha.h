@@ -18,6 +18,7 @@ namespace peft {
 struct LohaOptions {
   static constexpr Needs needs = Needs::weights;
   static constexpr const char* method = "loha";
+  static constexpr bool patterns_by_path = true;  ///< a part of a module by its own name, not the module's
 
   explicit LohaOptions(int64_t rank = 8) : rank_(rank) {}
 

@@ -26,6 +26,7 @@ enum class LokrInit {
 struct LokrOptions {
   static constexpr Needs needs = Needs::weights;
   static constexpr const char* method = "lokr";
+  static constexpr bool patterns_by_path = true;  ///< a part of a module by its own name, not the module's
 
   explicit LokrOptions(int64_t rank = 8) : rank_(rank) {}
 

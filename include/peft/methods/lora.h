@@ -67,7 +67,8 @@ class LoraImpl : public Piece<LoraImpl, LoraOptions> {
     const auto start = start_weights(weights, layer);
     const auto [weight, finite] = with_delta(start.weight, layer);
     if (!lora_B_bias.defined()) return {weight, weights.bias, finite};
-    return {weight, weights.bias + (lora_B_bias * scaling()).to(weights.bias.scalar_type()), finite};
+    const auto own = (lora_B_bias * scaling()).to(weights.weight.scalar_type());
+    return {weight, weights.bias.defined() ? weights.bias + own : own, finite};
   }
 
   std::string not_mergeable() const override {

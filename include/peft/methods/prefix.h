@@ -143,10 +143,9 @@ inline std::shared_ptr<SharedImpl> PrefixImpl::make_shared_part(
     auto& group = groups.emplace(prefix.site().attention->role(), Group{&prefix}).first->second;
     const auto &one = *group.first->site().attention, &other = *prefix.site().attention;
     TORCH_CHECK_VALUE(one.kv_heads() == other.kv_heads() && one.head_width() == other.head_width(),
-                      "add_adapter: the layers of a prefix must have keys of one shape, but '",
-                      group.first->site().path, "' has ", one.kv_heads(), " heads of ", one.head_width(),
-                      " and '", prefix.site().path, "' ", other.kv_heads(), " of ", other.head_width(),
-                      " (hint: make them two adapters)");
+                      "the layers of a prefix must have keys of one shape, but '", group.first->site().path,
+                      "' has ", one.kv_heads(), " heads of ", one.head_width(), " and '", prefix.site().path,
+                      "' ", other.kv_heads(), " of ", other.head_width(), " (hint: make them two adapters)");
     prefix.index = group.layers++;
   }
   auto tables = std::make_shared<PrefixTables>();
@@ -162,10 +161,12 @@ struct PrefixPositionsOptions {
   explicit PrefixPositionsOptions(int64_t length) : length_(length) {}
   /// Of the prefix.
   TORCH_ARG(int64_t, length);
+  /// The prefix's.
+  TORCH_ARG(bool, keeps_types) = false;
 };
 
 /// Moves the positions of the tokens by a prefix's length, as Hugging Face's models do for its keys. Types
-/// are dropped (`InputOptions::keeps_types`), as Hugging Face PEFT does.
+/// are dropped unless something keeps them (`PrefixOptions::keeps_types`).
 class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOptions, InputPieceImpl> {
  public:
   PrefixPositionsImpl(PrefixPositionsOptions settings, const SiteInfo& site)
@@ -174,7 +175,7 @@ class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOpt
   Embedded embed(Embedded in) override {
     const auto V = options.length();
     const auto padding = site().input ? site().input->padding_position() : std::nullopt;
-    if (!(site().input && site().input->keeps_types())) in.types = Tensor();
+    if (!options.keeps_types() && !(site().input && site().input->keeps_types())) in.types = Tensor();
     if (in.positions.defined() && padding) {  // which stays where it is
       in.positions = torch::where(in.positions == *padding, in.positions, in.positions + V);
     } else if (in.positions.defined()) {
@@ -192,7 +193,7 @@ class PrefixPositionsImpl : public Piece<PrefixPositionsImpl, PrefixPositionsOpt
 /// What a prefix puts elsewhere, if it does.
 inline std::optional<PrefixPositionsOptions> companion(const PrefixOptions& options) {
   if (!options.shift_positions()) return std::nullopt;
-  return PrefixPositionsOptions(options.length());
+  return PrefixPositionsOptions(options.length()).keeps_types(options.keeps_types());
 }
 
 /// Why a site is not where positions are given, or an empty string.

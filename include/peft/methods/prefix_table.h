@@ -52,6 +52,9 @@ struct PrefixOptions {
   TORCH_ARG(std::vector<int64_t>, leave_out) = {};
   /// Count the prefix as positions: the first real token is at V.
   TORCH_ARG(bool, shift_positions) = true;
+  /// Whether token types stay as they are; else they are dropped where the model has no task that keeps them
+  /// (`InputOptions::keeps_types`), as Hugging Face PEFT does.
+  TORCH_ARG(bool, keeps_types) = false;
   /// The table a network has made, without the network: what PEFT's files hold. For inference.
   TORCH_ARG(bool, folded) = false;
 
@@ -59,7 +62,7 @@ struct PrefixOptions {
   /// P-tuning v2 as its authors train it. Paper: P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning
   /// Universally Across Scales and Tasks, arXiv 2110.07602. With a network: `.projection(true)`.
   static PrefixOptions p_tuning_v2(int64_t length = 4) {
-    return PrefixOptions(length).hidden_width(512).init(PrefixInit::small).dropout(0.1);
+    return PrefixOptions(length).hidden_width(512).init(PrefixInit::small).dropout(0.1).keeps_types(true);
   }
   /// AdapterHub's `PrefixTuningConfig`; its `flat` is `.projection(false)`.
   static PrefixOptions adapterhub(int64_t length = 30) {

@@ -33,20 +33,21 @@ struct TrainableTokensOptions {
 /// E′ = E with the rows `indices` replaced by T (not added to).
 /// Shapes: trainable_tokens_delta (T): (tokens, embedding_dim). Trains: T. Count: tokens · embedding_dim.
 /// It lies under the other pieces of its adapter. Of a tied matrix it changes the head's rows too; as in the
-/// reference the head's bias, where it has one (a masked language model's), is then left out until the
-/// adapter is merged. Adapters that share a token cannot be active together. Throws: c10::ValueError for
-/// tokens that are none, twice there or outside the embedding. Reference: Hugging Face PEFT's
-/// TRAINABLE_TOKENS. There every forward copies the embedding; here it replaces what was looked up, which
-/// gives the same numbers.
+/// reference the head's bias, where it has one (a masked language model's) and nothing else lies below, is
+/// then left out until the adapter is merged. Adapters that share a token cannot be active together. Throws:
+/// c10::ValueError for tokens that are none, twice there or outside the embedding. Reference: Hugging Face
+/// PEFT's TRAINABLE_TOKENS. There every forward copies the embedding; here it replaces what was looked up,
+/// which gives the same numbers.
 class TrainableTokensImpl : public Piece<TrainableTokensImpl, TrainableTokensOptions> {
  public:
   TrainableTokensImpl(TrainableTokensOptions settings, const SiteInfo& site);
 
   Tensor forward(const Tensor& x, const LayerView& layer) override;
 
-  Weights effective(const Weights& weights, const LayerView&) const override {
+  Weights effective(const Weights& weights, const LayerView& layer) const override {
     const auto rows = trainable_tokens_delta.to(weights.weight.scalar_type());
-    return {weights.weight.index_copy(0, indices_.to(weights.weight.device()), rows), weights.bias};
+    return {weights.weight.index_copy(0, indices_.to(weights.weight.device()), rows),
+            is_lowest(layer) ? Tensor() : weights.bias};
   }
 
   void initialize(const LayerView& base) override {
@@ -77,6 +78,9 @@ class TrainableTokensImpl : public Piece<TrainableTokensImpl, TrainableTokensOpt
   Tensor trainable_tokens_delta;
 
  private:
+  /// Where a tied head's bias is left out: the reference has nothing below.
+  static bool is_lowest(const LayerView& layer) { return &layer == &layer.base(); }
+
   Tensor indices_;        ///< of the rows of T
   Tensor sorted_, rows_;  ///< the indices in order, and which row of T each has
   bool looks_up_whole_;   ///< in all of E′, where the layer treats some rows in a way of its own
@@ -122,8 +126,7 @@ inline TrainableTokensImpl::TrainableTokensImpl(TrainableTokensOptions settings,
 
 inline Tensor TrainableTokensImpl::forward(const Tensor& x, const LayerView& layer) {
   if (x.is_floating_point()) {  // a head that is tied to the embedding: the scores of these tokens
-    const bool biased = layer.base().weights().bias.defined();
-    const auto y = biased ? layer.apply(x, {layer.weights().weight, {}}) : layer.forward(x);
+    const auto y = is_lowest(layer) ? layer.apply(x, {layer.weights().weight, {}}) : layer.forward(x);
     const auto own = at::linear(x.to(trainable_tokens_delta.scalar_type()), trainable_tokens_delta);
     return y.index_copy(-1, indices_.to(x.device()), own.to(y.scalar_type()));
   }

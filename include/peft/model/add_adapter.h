@@ -70,15 +70,12 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
   for (const auto& part : parts) patterns[part.method].insert(part.patterns.begin(), part.patterns.end());
   for (const auto& [method, own] : patterns) {
     if (own.empty()) continue;
-    std::vector<SiteInfo> sites;
     std::vector<std::string> names;
     for (const auto& item : pending) {
-      if (item.part->method != method) continue;
-      sites.push_back(item.site->info());
-      names.push_back(sites.back().target());
+      if (item.part->method == method) names.push_back(item.part->pattern_name(item.site->info()));
     }
-    if (sites.empty()) continue;  // the target has been complained of
-    for (const auto& pattern : without_site(own, sites)) {
+    if (names.empty()) continue;  // the target has been complained of
+    for (const auto& pattern : without_match(own, names)) {
       problems.add("the pattern '" + pattern + "' of '" + method +
                    "' matches none of its layers; closest: " + closest(pattern, names));
     }
@@ -164,7 +161,12 @@ inline Plan plan_adapter(nn::Module& model, const std::vector<Part>& parts, cons
   for (const auto& group : made) {  // clang 14 captures no structured bindings
     const auto& pieces = group.second;
     const auto& method = group.first->method;
-    const auto shared = pieces.front()->make_shared_part(pieces);
+    std::shared_ptr<SharedImpl> shared;
+    try {
+      shared = pieces.front()->make_shared_part(pieces);
+    } catch (const c10::Error& error) {
+      problems.add(error.what_without_backtrace());
+    }
     if (!shared) continue;
     for (const auto& piece : pieces) piece->tie(shared);
     const auto first = std::find_if(plan.entries.begin(), plan.entries.end(),

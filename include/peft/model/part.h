@@ -45,6 +45,9 @@ struct Part {
   /// The expressions of options by pattern (`rank_pattern`, `alpha_pattern`), each of which must match a
   /// site.
   std::set<std::string> patterns = {};
+  /// Whether they are compared with the site's own path; else with `SiteInfo::target`.
+  bool by_path = false;
+  std::string pattern_name(const SiteInfo& site) const { return by_path ? site.path : site.target(); }
   /// What the method also puts on every site of another kind that can take it, in models that have any.
   std::vector<Part> also = {};
 };
@@ -81,14 +84,14 @@ std::set<std::string> patterns_of(const Options& options) {
   return patterns;
 }
 
-/// Which of the expressions of options by pattern are about none of the sites.
-inline std::vector<std::string> without_site(const std::set<std::string>& patterns,
-                                             const std::vector<SiteInfo>& sites) {
+/// Which of the expressions of options by pattern mean none of these names.
+inline std::vector<std::string> without_match(const std::set<std::string>& patterns,
+                                              const std::vector<std::string>& names) {
   std::vector<std::string> found;
   for (const auto& pattern : patterns) {
     const auto expression = suffix_expression(pattern);
-    const bool fits = std::any_of(sites.begin(), sites.end(), [&](const SiteInfo& site) {
-      return std::regex_match(site.target(), expression);
+    const bool fits = std::any_of(names.begin(), names.end(), [&](const std::string& name) {
+      return std::regex_match(name, expression);
     });
     if (!fits) found.push_back(pattern);
   }
@@ -108,6 +111,7 @@ Part on(Options options, Target target) {
             },
             [options](const SiteInfo& site) { return make_piece(options, site); }};
   part.patterns = internal::patterns_of(options);
+  part.by_path = requires { Options::patterns_by_path; };
   if constexpr (requires(const std::vector<std::shared_ptr<PieceImpl>>& pieces) {
                   make_controller(options, pieces);
                 }) {

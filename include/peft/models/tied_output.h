@@ -72,10 +72,12 @@ class TiedOutput : public nn::Cloneable<Derived> {
   }
 
  private:
-  /// True where an adapter of the word vectors acts on the head too.
+  /// True where an active adapter of the word vectors acts on the head too.
   bool tokens_train() const {
     const auto& words = self().words();
-    for (const auto& name : words->adapters()) {
+    const auto set = words->activation()->get();
+    if (!set->enabled) return false;
+    for (const auto& name : set->active) {
       for (const auto& attached : words->pieces(name)) {
         if (attached.piece->follows_ties()) return true;
       }

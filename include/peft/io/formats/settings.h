@@ -38,8 +38,8 @@ void write_rank_and_alpha(const Entries& entries, nlohmann::json& json, std::vec
   std::vector<std::pair<std::string, double>> alphas;
   bool scaled = false;
   for (const auto& entry : entries) {
-    ranks.emplace_back(entry.site->info().target(), piece(entry).rank);
-    alphas.emplace_back(entry.site->info().target(), piece(entry).alpha);
+    ranks.emplace_back(entry.site->path(), piece(entry).rank);
+    alphas.emplace_back(entry.site->path(), piece(entry).alpha);
     scaled = scaled || piece(entry).scale() != 1.0;
   }
   json["r"] = options.rank();
