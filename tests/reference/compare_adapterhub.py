@@ -6,7 +6,7 @@ Needs a Python with `adapters` 1.3.0: this one, or the one that PEFT_ADAPTERS_PY
 environment's PEFT_ADAPTERHUB_TOOL, --seed random. Every configuration (the named ones, with small sizes, and --count
 random ones) is put on a tiny model of each family with random weights and saved by Python, as a pickle or as
 safetensors; so are fusions of two. Our program loads it under another name, runs a padded batch and writes it again;
-Python loads that into a fresh model. Outputs must agree within 1e-5 of the largest value, Python must miss no key and
+Python loads that into a fresh model. Outputs must agree within 3e-6 of the largest value, Python must miss no key and
 find none unexpected, and the config must say what it said.
 
 Exit status 0 only when nothing differs; 77 where Python's libraries are missing, before anything was compared.
@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 logging.disable(logging.WARNING)
 transformers.logging.set_verbosity_error()
-TOLERANCE = 1e-5
+TOLERANCE = 3e-6
 WIDTH, LAYERS, TIME = 16, 3, 7
 BERT = ["BertForSequenceClassification", "BertModel", "BertForTokenClassification"]
 ROBERTA = ["RobertaForSequenceClassification", "XLMRobertaModel", "XLMRobertaForTokenClassification",

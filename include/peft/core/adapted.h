@@ -39,6 +39,7 @@ class BaseView final : public LayerView {
   Tensor apply(const Tensor& x, const Weights& given) const override {
     if constexpr (WeightLayer<Layer>) {
       auto y = SiteTraits<Layer>::apply(layer_, x, given);
+      if (output_type_) return y;
       const auto own = weights().weight;
       return own.defined() && own.scalar_type() == given.weight.scalar_type() ? noted(std::move(y)) : y;
     } else {
